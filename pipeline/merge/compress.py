@@ -1,0 +1,86 @@
+"""Smaller factors for a given error: a rank budget spread by what each singular value is worth on text features."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.merge.factors import SHARED, MergedModel
+
+
+def weighted_factors(
+    deltas: dict[str, torch.Tensor], gram: torch.Tensor, *, max_rank: int | None = None, max_bytes: int | None = None
+) -> tuple[MergedModel, float]:
+    """Best low-rank factors of changes, one rank per layer, under a budget, in the norm of text features.
+
+    What matters of a change dW is what it does to text features: ||dW C_reg^T|| = ||dW G^(1/2)||. So singular values
+    are those of dW G^(1/2), and the budget goes to the largest per byte over all layers (peers cut each layer's bare
+    weights at a share of its own sum).
+
+    Args:
+        deltas: layer -> (out, d). gram: G (d, d) float64, positive definite.
+        max_rank: upper bound of every layer's rank. max_bytes: of all factors together at 2 bytes a number.
+
+    Returns: the factors (float32), and the relative error ||(dW - L R) G^(1/2)|| / ||dW G^(1/2)|| over all layers.
+    Raises: ValueError when max_bytes does not even pay for one singular value.
+    """
+    factor = torch.linalg.cholesky(gram)  # G = F F^T, ||dW F|| = ||dW G^(1/2)||
+    spectra = {}
+    worth: list[tuple[float, int, str]] = []
+    total = 0.0
+    for layer, delta in deltas.items():
+        u, values, vh = torch.linalg.svd(delta.double() @ factor, full_matrices=False)
+        spectra[layer] = (u, values, vh)
+        total += float(values.square().sum())
+        price = 2 * sum(delta.shape)
+        worth += [(float(v) ** 2 / price, price, layer) for v in values[:max_rank]]
+    ranks = dict.fromkeys(deltas, 0)
+    spent = kept = 0.0
+    for value, price, layer in sorted(worth, key=lambda w: -w[0]):
+        if max_bytes is not None and spent + price > max_bytes:
+            continue
+        spent, kept, ranks[layer] = spent + price, kept + value * price, ranks[layer] + 1
+    if not any(ranks.values()):
+        raise ValueError(f"compress: max_bytes {max_bytes} does not hold a single rank; the smallest costs {price}")
+    left, right = {}, {}
+    for layer, (u, values, vh) in spectra.items():
+        r = ranks[layer]
+        left[layer] = (u[:, :r] * values[:r]).float()
+        right[layer] = torch.linalg.solve_triangular(factor.T, vh[:r].T, upper=True).T.float()  # vh F^-1
+    return MergedModel(left, right, {}), max(0.0, 1 - kept / total) ** 0.5 if total else 0.0
+
+
+def shared_factors(model: MergedModel, gram: torch.Tensor, max_rank: int) -> tuple[MergedModel, float]:
+    """The best right factor of a lower rank that all layers of a merged model still share.
+
+    Stacking the layers, [left_1; …; left_L] right G^(1/2) is one matrix of rank at most s; its leading right singular
+    vectors are the shared basis. Arguments and returns as for `weighted_factors`.
+    """
+    factor = torch.linalg.cholesky(gram)
+    right = model.right[SHARED].double()
+    stacked = torch.cat([left.double() for left in model.left.values()])  # (sum of out, s)
+    # QR of the thin side keeps the SVD at s x d, however many layers there are
+    q, triangle = torch.linalg.qr(stacked)
+    u, values, vh = torch.linalg.svd(triangle @ right @ factor, full_matrices=False)
+    r = min(max_rank, len(values))
+    basis = torch.linalg.solve_triangular(factor.T, vh[:r].T, upper=True).T
+    compressed = ((q @ u)[:, :r] * values[:r]).split([len(left) for left in model.left.values()])
+    error = float((values[r:].square().sum() / values.square().sum()).sqrt())
+    return MergedModel(dict(zip(model.left, compressed, strict=True)), {SHARED: basis}, model.tokens), error
+
+
+def in_half(model: MergedModel) -> MergedModel:
+    """The factors as float16, each layer's left columns and right rows balanced first so that neither under- nor
+    overflows (tokens stay float32)."""
+    left, right = {}, {}
+    if SHARED in model.right:
+        norms = model.right[SHARED].double().norm(dim=1).clamp(min=1e-30)
+        right[SHARED] = (model.right[SHARED].double() / norms[:, None]).half()
+        left = {layer: (value.double() * norms).half() for layer, value in model.left.items()}
+    else:
+        for layer in model.left:
+            norms = model.right[layer].double().norm(dim=1).clamp(min=1e-30)
+            right[layer] = (model.right[layer].double() / norms[:, None]).half()
+            left[layer] = (model.left[layer].double() * norms).half()
+    if not all(torch.isfinite(t).all() for t in left.values()):
+        raise ValueError("compress: factors overflow float16; the constraints are nearly dependent, use the soft form")
+    return MergedModel(left, right, model.tokens, model.metadata)

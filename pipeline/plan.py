@@ -1,0 +1,247 @@
+"""From a batch to its stages: what there is to do, in what order, and what is done already.
+
+A stage's key is the hash of its kind, its parameters and its inputs' keys. All keys are known before anything runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.miniature.corpus import CORPUS_VERSION
+from pipeline.spec import Concept, ConceptBatch, clip_path
+from pipeline.store import Store, content_key
+from retrieval.clip import clip_digest
+from retrieval.corpus import corpus_digest
+from training.backbone import base_digest
+from training.images import load_images
+
+VERSIONS = {
+    "index": 1,
+    "candidates": 1,
+    "regularization": 1,
+    "features": 1,
+    "train": 1,
+    "merge": 1,
+    "evaluate": 1,
+    "release": 1,
+}
+"""Kind -> version; raised when a stage's code makes other results from the same parameters."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from artifacts to an artifact.
+
+    params: all that determines the result besides the inputs (hashed). places: where things are found (not hashed).
+    """
+
+    kind: str
+    name: str
+    params: dict[str, Any]
+    inputs: tuple[Stage, ...] = ()
+    places: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def key(self) -> str:
+        return content_key([self.kind, VERSIONS[self.kind], self.params, [stage.key for stage in self.inputs]])
+
+    def inputs_of(self, kind: str) -> list[Stage]:
+        return [stage for stage in self.inputs if stage.kind == kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a batch, each after its inputs; `release` is the last."""
+
+    batch: ConceptBatch
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
+    """What was remarked about the users' images."""
+
+    def of(self, kind: str) -> list[Stage]:
+        return [stage for stage in self.stages if stage.kind == kind]
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def todo(self, store: Store) -> list[Stage]:
+        return [stage for stage in self.stages if not store.has(stage.kind, stage.key)]
+
+
+def make_plan(batch: ConceptBatch) -> Plan:
+    """Look at everything a batch names (images, base, corpus) and lay out its stages. Writes nothing.
+
+    Raises: ValueError naming what is missing or cannot be used.
+    """
+    base = {"base": base_digest(batch.base_path)}
+    notes: list[str] = []
+    stages: list[Stage] = []
+
+    def add(stage: Stage) -> Stage:
+        stages.append(stage)
+        return stage
+
+    images = {}
+    problems = []
+    for i, concept in enumerate(batch.concepts):
+        try:
+            images[concept.name] = load_images(list(concept.images))
+            notes += [f"{concept.name}: {note}" for note in images[concept.name].notes]
+            notes += [f"{concept.name}: not used: {reason}" for reason in images[concept.name].rejected]
+        except ValueError as error:
+            problems.append(f"concepts[{i}] ({concept.name}): {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    use_regularization = batch.training.regularization == "real"
+    retrieval, training = batch.retrieval, batch.training
+    index = None
+    clip = {"clip": clip_digest(clip_path(retrieval.clip))}
+    if use_regularization:
+        index = add(
+            Stage(
+                "index",
+                "corpus",
+                {"corpus": _corpus_digest(batch), **clip},
+                places={"corpus": retrieval.corpus, "clip": clip_path(retrieval.clip)},
+            )
+        )
+
+    features: dict[str, Stage] = {}
+    for number, concept in enumerate(batch.concepts):
+        inputs: tuple[Stage, ...] = ()
+        if index is not None:
+            prompt = concept.class_prompt or concept.class_word
+            count = round(retrieval.images * retrieval.oversample)
+            candidates = Stage(
+                "candidates",
+                prompt,
+                {
+                    "prompt": prompt,
+                    "count": count,
+                    "max_nsfw": retrieval.max_nsfw,
+                    "block_list": _lines(retrieval.block_list),
+                },
+                (index,),
+                {"clip": clip_path(retrieval.clip)},
+            )
+            if candidates.key not in {s.key for s in stages}:
+                add(candidates)
+            inputs = (
+                add(
+                    Stage(
+                        "regularization",
+                        concept.name,
+                        {"images": retrieval.images, "exclude": images[concept.name].digests},
+                        (candidates,),
+                        {"images": list(concept.images), "base_url": retrieval.base_url, "base": batch.base_path}
+                        | {"local": retrieval.local or retrieval.corpus == "miniature"},
+                    )
+                ),
+            )
+        features[concept.name] = add(
+            Stage(
+                "features",
+                concept.name,
+                base
+                | {"images": images[concept.name].digests, "seed": training.seed + number}
+                | {"views": training.views if training.augment else 0},
+                inputs,
+                {"images": list(concept.images), "base": batch.base_path},
+            )
+        )
+
+    groups = [list(batch.concepts)] if training.method == "joint" else [[c] for c in batch.concepts]
+    trained = [add(_train_stage(batch, group, features, base)) for group in groups]
+    regularization = tuple(s for s in stages if s.kind == "regularization")
+    merged = add(
+        Stage(
+            "merge",
+            "all concepts",
+            {"merge": batch.merge.model_dump(), "compress": batch.compress.model_dump()},
+            (*trained, *regularization),
+            {"base": batch.base_path},
+        )
+    )
+    measured = [
+        add(
+            Stage(
+                "evaluate",
+                concept.name,
+                {
+                    "evaluation": batch.evaluation.model_dump(exclude={"prompts", "clip"}),
+                    "clip": clip_digest(clip_path(batch.evaluation.clip)),
+                    "prompts": list(batch.prompts_of(concept)),
+                    "concept": concept.name,
+                    "phrase": [concept.token, concept.class_word],
+                    "images": images[concept.name].digests,
+                },
+                (merged, next(s for s in trained if concept.name in s.params["concepts"])),
+                {
+                    "base": batch.base_path,
+                    "images": list(concept.images),
+                    "clip": clip_path(batch.evaluation.clip),
+                    "attention": training.attention,
+                },
+            )
+        )
+        for concept in batch.concepts
+    ]
+    add(
+        Stage(
+            "release",
+            batch.name,
+            {
+                "name": batch.name,
+                "license": batch.publish.license,
+                "spec": batch.model_dump(mode="json", exclude=_PLACES),
+            },
+            (merged, *measured),
+            {"base": batch.base_path, "base_name": batch.base},
+        )
+    )
+    return Plan(batch, tuple(stages), tuple(notes))
+
+
+_PLACES: dict[str, Any] = {"output": True, "store": True, "publish": {"to"}}
+
+
+def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
+    settings = batch.training.model_dump(
+        exclude={"method", "augment", "views", "attention", "checkpoint_every", "sample_every"}
+    )
+    settings["steps"] = batch.training.steps or 250 * len(group)
+    settings["token_learning_rate"] = batch.training.token_learning_rate or batch.training.learning_rate
+    positions = {c.name: i for i, c in enumerate(batch.concepts)}
+    concepts = {c.name: [c.token, c.class_word, c.initializer or positions[c.name]] for c in group}
+    return Stage(
+        "train",
+        " + ".join(concepts),
+        base | {"training": settings, "concepts": concepts},
+        tuple(features[c.name] for c in group),
+        {
+            "base": batch.base_path,
+            "attention": batch.training.attention,
+            "checkpoint_every": batch.training.checkpoint_every,
+            "sample_every": batch.training.sample_every or settings["steps"],
+        },
+    )
+
+
+def _corpus_digest(batch: ConceptBatch) -> str:
+    if batch.retrieval.corpus == "miniature":
+        return f"miniature-{CORPUS_VERSION}-{batch.retrieval.miniature_captions}"
+    return corpus_digest(batch.retrieval.corpus)
+
+
+def _lines(path: str) -> list[str]:
+    if not path:
+        return []
+    try:
+        with open(path, encoding="utf-8") as f:
+            return sorted({line.strip() for line in f if line.strip()})
+    except OSError as error:
+        raise ValueError(f"retrieval.block_list: {path}: {error.strerror}") from None

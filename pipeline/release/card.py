@@ -1,0 +1,208 @@
+"""The model card: `README.md` of a release, with Hugging Face front matter and code that runs as it stands."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from pipeline.release.formats import CUSTOM_DIFFUSION, LORA, embedding_files, token_files
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class CardConcept:
+    """A row of the card's table.
+
+    residual: how well the merge met the concept's constraint (relative), where there was a merge.
+    measures: name of the measure -> value, as in `{"image alignment": 0.74}`.
+    """
+
+    name: str
+    token: str
+    class_word: str
+    residual: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.token} {self.class_word}"
+
+
+def write_card(
+    folder: Path,
+    concepts: Sequence[CardConcept],
+    *,
+    name: str,
+    base_model: str,
+    base_digest: str = "",
+    license: str = "",
+    grid: str = "",
+    two_encoders: bool = False,
+) -> Path:
+    """Write `README.md` into a folder that `write_formats` has filled.
+
+    Args:
+        name: of the batch; also of the file under `comfyui/`.
+        base_model: folder or hub name, as `from_pretrained` takes it.
+        base_digest: hash of the base's weights, since bases vanish and change under their hub names.
+        license: as the hub knows it (`mit`, `creativeml-openrail-m`); `other` when empty, since the hub asks for one.
+        grid: picture in the folder, with samples of every concept.
+        two_encoders: SDXL, whose tokens have a row for each text encoder.
+
+    Raises:
+        ValueError: no concepts, or the grid is not in the folder.
+    """
+    if not concepts:
+        raise ValueError("a model card needs at least one concept")
+    if grid and not (folder / grid).is_file():
+        raise ValueError(f"{folder / grid}: no such picture; write the sample grid before the card")
+    tokens = [c.token for c in concepts]
+    prompts = [f"photo of a {c.phrase}" for c in concepts]
+    # the front matter takes only the hub's own names
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    front = ModelCardData(
+        license=license or "other",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base_model if on_hub else None,
+        instance_prompt=", ".join(prompts),
+        tags=["text-to-image", "diffusers", "custom-diffusion", "lora", "textual-inversion", "polyconcept"],
+    )
+    card = ModelCard.from_template(
+        front,
+        template_str=TEMPLATE,
+        name=_cell(name),
+        file_name=name,
+        base_model=_cell(base_model),
+        base_digest=base_digest,
+        base_code=repr(base_model),
+        grid=grid,
+        table=_table(concepts),
+        prompt_code=repr(prompts[0]),
+        class_word=_cell(concepts[0].class_word),
+        load_tokens=_load_tokens(tokens, two_encoders),
+        words={_cell(token): Path(file).stem for token, file in embedding_files(tokens).items()},
+        two_encoders=two_encoders,
+        custom_diffusion=CUSTOM_DIFFUSION,
+        lora=LORA,
+    )
+    path = folder / CARD
+    path.write_text(str(card), encoding="utf-8")
+    return path
+
+
+def _load_tokens(tokens: Sequence[str], two_encoders: bool) -> str:
+    """Code that gives a diffusers pipeline the new words."""
+    files = token_files(tokens)
+    if not two_encoders:
+        return f"for file in {list(files.values())!r}:\n    pipe.load_textual_inversion(RELEASE, weight_name=file)"
+    return (
+        f"for token, file in {files!r}.items():\n"
+        '    rows = load_file(f"{RELEASE}/{file}")\n'
+        '    for key, end in {"clip_l": "", "clip_g": "_2"}.items():\n'
+        '        parts = {name: getattr(pipe, name + end) for name in ("tokenizer", "text_encoder")}\n'
+        "        pipe.load_textual_inversion(rows[key], token=token, **parts)"
+    )
+
+
+def _table(concepts: Sequence[CardConcept]) -> str:
+    measures = list(dict.fromkeys(m for c in concepts for m in c.measures))
+    header = ["concept", "write", "class word", *measures, "residual of the merge"]
+    rows = [
+        [
+            _cell(c.name),
+            f"<code>{_cell(c.phrase)}</code>",
+            _cell(c.class_word),
+            *(f"{c.measures[m]:.3f}" if m in c.measures else "" for m in measures),
+            "" if c.residual is None else f"{c.residual:.1e}",
+        ]
+        for c in concepts
+    ]
+    lines = [[_cell(h) for h in header], ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a table's cell nor is taken for HTML."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")
+
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+Concepts taught to a text-to-image model by [Custom Diffusion](https://arxiv.org/abs/2212.04488): changes of the
+cross-attention keys and values and one new word for each concept, merged into one small model by polyconcept.
+{% if grid %}
+![samples of every concept]({{ grid }})
+{% endif %}
+## Concepts
+
+{{ table }}
+
+Base model: <code>{{ base_model }}</code>{% if base_digest %}, digest of its weights `{{ base_digest }}`{% endif %}.
+
+## In diffusers
+
+Run in this folder, or set `RELEASE` to where it is. Either way below gives the same pictures but for rounding; the LoRA
+is exact and the smaller.
+
+### As a LoRA
+
+```python
+from diffusers import DiffusionPipeline
+{{- "\nfrom safetensors.torch import load_file" if two_encoders }}
+
+BASE = {{ base_code }}
+RELEASE = "."
+
+pipe = DiffusionPipeline.from_pretrained(BASE)  # with a GPU: .to("cuda")
+pipe.load_lora_weights(RELEASE, weight_name="{{ lora }}")
+{{ load_tokens }}
+image = pipe({{ prompt_code }}).images[0]
+image.save("lora.png")
+```
+
+### As Custom Diffusion weights
+
+`_pipeline=pipe` is needed: without it diffusers reads the file and installs nothing
+([diffusers#9320](https://github.com/huggingface/diffusers/issues/9320)).
+
+```python
+from diffusers import DiffusionPipeline
+{{- "\nfrom safetensors.torch import load_file" if two_encoders }}
+
+BASE = {{ base_code }}
+RELEASE = "."
+
+pipe = DiffusionPipeline.from_pretrained(BASE)  # with a GPU: .to("cuda")
+pipe.unet.load_attn_procs(RELEASE, weight_name="{{ custom_diffusion }}", _pipeline=pipe)
+{{ load_tokens }}
+image = pipe({{ prompt_code }}).images[0]
+image.save("custom_diffusion.png")
+```
+
+## In ComfyUI and A1111
+
+Copy `comfyui/{{ file_name }}.safetensors` to `models/loras` (ComfyUI) or `models/Lora` (A1111), and the files in
+`comfyui/embeddings` to `models/embeddings` (ComfyUI) or `embeddings` (A1111). There the new words have their
+files' names:
+{% for token, word in words.items() %}
+- <code>{{ token }}</code>: `embedding:{{ word }}` in ComfyUI, `{{ word }}` in A1111
+{%- endfor %}
+
+So: `photo of a {{ words.values() | first }} {{ class_word }} <lora:{{ file_name }}:1>` in A1111. Strength 1 is what was
+trained and measured.
+
+## Checking the files
+
+`manifest.json` has the sha256 sum of every file; `polyconcept verify .` compares them. All weights are safetensors.
+"""

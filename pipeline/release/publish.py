@@ -1,0 +1,319 @@
+"""Releases under version numbers: `destination/v0001`, `v0002`, … and `latest.json`, which names one of them.
+
+A version is what has a `manifest.json`. Locally its folder is filled under a temporary name and renamed; where there is
+no renaming of folders (object stores, which write an object whole or not at all), the manifest is written last.
+`latest.json` moves after that. So whatever stops a publication, no version looks complete that is not, and
+`latest.json` names a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import posixpath
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
+
+MANIFEST = "manifest.json"
+LATEST = "latest.json"
+CLAIM = ".publishing"
+VERSION = re.compile(r"v(\d{4,})")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReleaseInfo:
+    """A published version.
+
+    version: `v0001`.
+    url: its place, destination and version.
+    manifest: what `manifest.json` says: version, created, content, files, provenance.
+    created: False when this content was published already and no version was added.
+    """
+
+    version: str
+    url: str
+    manifest: dict[str, Any]
+    created: bool
+
+
+def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = None) -> ReleaseInfo:
+    """Publish a prepared folder as the next version under `destination`, whole or not at all.
+
+    Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
+
+    Args:
+        folder: what to publish, with its sub-folders.
+        destination: local folder or fsspec URL (`s3://bucket/models/cats`).
+        provenance: JSON values kept in the manifest: where the content came from.
+
+    Raises:
+        ValueError: no such folder, nothing in it, a file in it has a name that publishing uses, provenance is not JSON.
+        OSError: what the file system says (a full disk); what was half-written is removed.
+        RuntimeError: what was written is not what was to be.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    if not paths:
+        raise ValueError(f"{folder}: no folder with files in it; nothing to publish")
+    for name in (MANIFEST, LATEST, CLAIM):
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: publishing writes a file of this name itself; rename it")
+    files = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in paths}
+    manifest = {
+        "format": 1,
+        "content": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+        "files": files,
+        "provenance": provenance or {},
+    }
+    try:
+        json.dumps(manifest, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance: not JSON values: {error}") from None
+
+    destination = destination.rstrip("/")
+    fs, root = url_to_fs(destination)
+    fs.makedirs(root, exist_ok=True)
+    fs.invalidate_cache()
+    known = _published(fs, root, destination, manifest["content"])
+    if known:
+        log.info("%s has this content already, as %s: no new version", destination, known["version"])
+    else:
+        write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
+        manifest = write(fs, root, folder, manifest)
+    found = known or manifest
+    if _latest(fs, root) != found["version"]:
+        _move_latest(fs, root, found["version"])
+    return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
+
+
+def resolve(destination: str) -> str:
+    """Place of the version that `destination/latest.json` names; a version's own place is returned as it is.
+
+    Raises:
+        ValueError: nothing was published there, or `latest.json` is damaged.
+    """
+    fs, root = url_to_fs(destination)
+    fs.invalidate_cache()
+    if VERSION.fullmatch(posixpath.basename(root)) and not fs.exists(f"{root}/{LATEST}"):
+        if not fs.exists(root):
+            raise ValueError(f"{destination}: no such release")
+        return destination.rstrip("/")
+    version = _latest(fs, root)
+    if version is None:
+        raise ValueError(f"{destination}: no release here (no {LATEST})")
+    return f"{destination.rstrip('/')}/{version}"
+
+
+def verify(release: str) -> list[str]:
+    """What is wrong with a release: files missing, changed or extra, or no manifest; an empty list if nothing is.
+
+    Args:
+        release: local path or URL of a version, or of a destination (then its latest version).
+
+    Raises:
+        ValueError: there is no release.
+    """
+    fs, root = url_to_fs(resolve(release))
+    try:
+        manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
+        files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
+        content = manifest["content"]
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing; this version was not published whole"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: damaged: {error!r}"]
+    problems = []
+    if hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest() != content:
+        problems.append(f"{MANIFEST}: changed: its list of files does not match its own sum")
+    found = _files(fs, root) - {MANIFEST}
+    problems += [f"{name}: missing" for name in sorted(files.keys() - found)]
+    problems += [f"{name}: extra, not in the manifest" for name in sorted(found - files.keys())]
+    return problems + _changed(fs, root, {name: files[name] for name in sorted(files.keys() & found)})
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def _write_local(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Fill a folder under a temporary name and rename it to the next free version."""
+    part = f"{root}/.part-{uuid.uuid4().hex}"
+    with _removed_on_failure(fs, part):
+        fs.mkdir(part)
+        _copy(fs, folder, part, manifest["files"])
+        while True:
+            manifest = _numbered(manifest, _next_version(fs, root))
+            _write_json(fs, f"{part}/{MANIFEST}", manifest)
+            for path in [*Path(part).rglob("*"), Path(part)]:
+                _sync(path)
+            try:
+                os.rename(part, f"{root}/{manifest['version']}")
+            except OSError:
+                if not fs.exists(f"{root}/{manifest['version']}"):
+                    raise
+                continue  # another publisher took the number
+            return manifest
+
+
+def _write_remote(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Claim the next free version, write its files, the manifest last."""
+    while True:
+        manifest = _numbered(manifest, _next_version(fs, root))
+        place = f"{root}/{manifest['version']}"
+        with contextlib.suppress(FileExistsError):  # another publisher is at this number
+            fs.pipe_file(f"{place}/{CLAIM}", b"", mode="create")
+            if _files(fs, place) == {CLAIM}:
+                break
+            fs.rm_file(f"{place}/{CLAIM}")  # another publisher was there since we looked
+        fs.invalidate_cache()
+    with _removed_on_failure(fs, place):
+        _copy(fs, folder, place, manifest["files"])
+        fs.rm_file(f"{place}/{CLAIM}")
+        _write_json(fs, f"{place}/{MANIFEST}", manifest)
+    return manifest
+
+
+def _copy(fs: AbstractFileSystem, folder: Path, place: str, files: dict[str, dict[str, Any]]) -> None:
+    total = sum(entry["size"] for entry in files.values())
+    with tqdm(total=total, desc="publish", unit="B", unit_scale=True, disable=None) as bar:
+        for name, entry in files.items():
+            fs.makedirs(posixpath.dirname(f"{place}/{name}"), exist_ok=True)
+            fs.put_file(str(folder / name), f"{place}/{name}")
+            bar.update(entry["size"])
+    # read back, so that neither a short write nor a file that changed meanwhile is published
+    changed = _changed(fs, place, {name: (e["sha256"], e["size"]) for name, e in files.items()})
+    if changed:
+        raise RuntimeError(f"written to {place}, but not as it was read: {'; '.join(changed)}")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(fs: AbstractFileSystem, place: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # also Ctrl-C
+        # what stopped the publication is the news, not what stopped the cleaning; the manifest goes first, so that
+        # the rest never looks complete
+        with contextlib.suppress(OSError):
+            if fs.exists(f"{place}/{MANIFEST}"):
+                fs.rm_file(f"{place}/{MANIFEST}")
+            if fs.exists(place):
+                fs.rm(place, recursive=True)
+        raise
+
+
+def _move_latest(fs: AbstractFileSystem, root: str, version: str) -> None:
+    content = {"version": version}
+    if not isinstance(fs, LocalFileSystem):
+        _write_json(fs, f"{root}/{LATEST}", content)  # one object, replaced as a whole
+        return
+    part = f"{root}/.part-{uuid.uuid4().hex}"
+    with _removed_on_failure(fs, part):
+        _write_json(fs, part, content)
+        _sync(Path(part))
+        os.replace(part, f"{root}/{LATEST}")
+        _sync(Path(root))
+
+
+def _write_json(fs: AbstractFileSystem, path: str, value: dict[str, Any]) -> None:
+    fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, so that a power cut does not leave a renamed folder of empty files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _numbered(manifest: dict[str, Any], number: int) -> dict[str, Any]:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"version": f"v{number:04d}", "created": created} | {
+        k: v for k, v in manifest.items() if k not in ("version", "created")
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def _versions(fs: AbstractFileSystem, root: str) -> list[tuple[int, str]]:
+    """Number and name of every version, whole or not, oldest first."""
+    try:
+        names = [posixpath.basename(path.rstrip("/")) for path in fs.ls(root, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted((int(match[1]), name) for name in names if (match := VERSION.fullmatch(name)))
+
+
+def _next_version(fs: AbstractFileSystem, root: str) -> int:
+    return max((number for number, _ in _versions(fs, root)), default=0) + 1
+
+
+def _latest(fs: AbstractFileSystem, root: str) -> str | None:
+    try:
+        version = json.loads(fs.cat_file(f"{root}/{LATEST}"))["version"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{root}/{LATEST}: damaged: {error!r}") from None
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        raise ValueError(f"{root}/{LATEST}: names no version: {version!r}")
+    return version
+
+
+def _manifest(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any] | None:
+    """Manifest of a version; None if it was not published whole."""
+    try:
+        return json.loads(fs.cat_file(f"{root}/{version}/{MANIFEST}"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _published(fs: AbstractFileSystem, root: str, destination: str, content: str) -> dict[str, Any] | None:
+    """Manifest of the version that has this content already, undamaged: the latest one, or the newest one whole (a
+    publication may have been stopped before `latest.json` moved)."""
+    names = [name for _, name in reversed(_versions(fs, root))]
+    newest = next((name for name in names if _manifest(fs, root, name)), None)
+    for version in dict.fromkeys((_latest(fs, root), newest)):
+        manifest = _manifest(fs, root, version) if version else None
+        if manifest and manifest.get("content") == content and not verify(f"{destination}/{version}"):
+            return manifest
+    return None
+
+
+def _files(fs: AbstractFileSystem, root: str) -> set[str]:
+    fs.invalidate_cache()
+    return {path[len(root) :].lstrip("/") for path in fs.find(root)}
+
+
+def _changed(fs: AbstractFileSystem, root: str, files: dict[str, tuple[str, int]]) -> list[str]:
+    problems = []
+    with tqdm(files.items(), desc="verify", unit="file", disable=None) as bar:
+        for name, (sha256, size) in bar:
+            path = f"{root}/{name}"
+            if (found := fs.info(path)["size"]) != size:
+                problems.append(f"{name}: changed: {found} bytes instead of {size}")
+                continue
+            with fs.open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                    problems.append(f"{name}: changed: its sha256 sum is another")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,375 @@
+"""The run report: the figures of a finished batch (`summary`) and one HTML file that shows them (`write_report`).
+
+The file stands alone: its pictures are in it, it runs no scripts and loads nothing, so it can be mailed or archived.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors import safe_open
+
+from pipeline.plan import Plan, Stage
+from pipeline.stages import measures
+from pipeline.store import Store
+from retrieval.regularization import RegularizationSet
+from training.images import load_images
+
+SCORES = {"image": "Image alignment", "text": "Text alignment", "identity": "Identity"}
+CHART = {
+    "svg.fonttype": "none",  # letters as text: small, and in the reader's own font
+    "svg.hashsalt": "polyconcept",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    # greys and hues that are legible on white and on black: a picture cannot know the page's colours
+    "text.color": "#767b84",
+    "axes.edgecolor": "#767b84",
+    "axes.labelcolor": "#767b84",
+    "xtick.color": "#767b84",
+    "ytick.color": "#767b84",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#767b84",
+    "grid.alpha": 0.2,
+}
+COLOURS = {"base": "#8b9099", "single": "#3b82d6", "merged": "#e07a2f"}
+
+
+# --- figures -------------------------------------------------------------------------------------------
+
+
+def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
+    """The figures of a finished batch, JSON values; what cannot be computed (an error from one image, …) is None.
+
+    Keys: `name`, `release`, `seconds` (kind -> stage -> seconds), `seconds_per_kind`, `seconds_total`, `concepts`
+    (name -> token, class_word, measures of each model, the comparisons of `compare`, regularization), `overall` (means
+    over the concepts), `worst` (the least favourable concept of each comparison), `merge`, `residuals` and `drift`
+    (before and after compression) and `bytes`.
+    """
+    (merge,) = plan.of("merge")
+    folder = store.path("merge", merge.key)
+    merged = json.loads((folder / "report.json").read_text())
+    seconds: dict[str, dict[str, float]] = {}
+    for stage in plan:
+        seconds.setdefault(stage.kind, {})[stage.name] = store.manifest(stage.kind, stage.key)["seconds"]
+    sizes = merged["bytes"] | {"merged_factors": (folder / "full.safetensors").stat().st_size}
+    concepts = {stage.params["concept"]: _figures(stage, plan, store) for stage in plan.of("evaluate")}
+    figures = {
+        "name": plan.batch.name,
+        "release": release,
+        "seconds": seconds,
+        "seconds_per_kind": {kind: sum(values.values()) for kind, values in seconds.items()},
+        "seconds_total": sum(sum(values.values()) for values in seconds.values()),
+        "concepts": concepts,
+        "overall": _overall(concepts),
+        "worst": _worst(concepts),
+        "merge": {key: merged[key] for key in ("form", "rows", "regularization_captions", "condition")}
+        | {"compression_error": merged["compressed"]["error"]},
+        "residuals": {"before": merged["residuals"], "after": merged["compressed"]["residuals"]},
+        "drift": {"before": merged["drift"], "after": merged["compressed"]["drift"]},
+        "bytes": sizes | {"ratio": sizes["merged"] / sizes["concepts"]},
+    }
+    return _finite(figures)
+
+
+def compare(table: pd.DataFrame) -> dict[str, float]:
+    """What the models of a `scores.parquet` changed; NaN where it cannot be said.
+
+    All models drew the same prompts from the same seeds, so gains over the base are means of differences image by image:
+
+    <image|identity>_gain_<single|merged>       mean difference to the base
+    <image|identity>_gain_<single|merged>_se    the same in standard errors of that mean
+    text_ratio_<single|merged>                  text alignment as a share of the base's
+    compression_change_<score>                  relative change of the compressed merged model to the exact one
+    """
+    result = {}
+    for score in SCORES:
+        if score not in table:
+            continue
+        wide = table.pivot(index=["prompt", "seed"], columns="model", values=score)
+        means = wide.mean()
+        for model in ("single", "merged"):
+            if score == "text":
+                result[f"text_ratio_{model}"] = _ratio(means[model], means["base"])
+            else:
+                gain = wide[model] - wide["base"]
+                error = gain.std(ddof=1) / np.sqrt(len(gain))
+                result[f"{score}_gain_{model}"] = float(gain.mean())
+                result[f"{score}_gain_{model}_se"] = _ratio(gain.mean(), error)
+        result[f"compression_change_{score}"] = _ratio(means["merged"], means["merged_full"]) - 1
+    return result
+
+
+def _figures(stage: Stage, plan: Plan, store: Store) -> dict[str, Any]:
+    table = pd.read_parquet(store.path("evaluate", stage.key) / "scores.parquet")
+    token, class_word = stage.params["phrase"]
+    figures: dict[str, Any] = {"token": token, "class_word": class_word, **measures(table), **compare(table)}
+    regularization = _regularization(stage.params["concept"], plan, store)
+    if regularization is not None:
+        keys = ("asked", "got", "statuses", "shortfall")
+        figures["regularization"] = {key: getattr(regularization, key) for key in keys}
+    return figures
+
+
+def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet | None:
+    for stage in plan.of("regularization"):
+        if stage.name == concept:
+            return RegularizationSet.load(store.path("regularization", stage.key))
+    return None
+
+
+def _overall(concepts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Means over concepts: of each model's scores, and of the comparisons."""
+    entries = list(concepts.values())
+    result: dict[str, Any] = {}
+    for key, value in entries[0].items():
+        if isinstance(value, float):
+            result[key] = float(np.mean([entry[key] for entry in entries]))
+        elif isinstance(value, dict) and "samples" in value:
+            result[key] = {s: float(np.mean([entry[key][s] for entry in entries])) for s in SCORES if s in value}
+    return result
+
+
+def _worst(concepts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Comparison -> the concept with the lowest value; of `compression_change_…`, the one farthest from 0."""
+    result = {}
+    for key, value in next(iter(concepts.values())).items():
+        values = {name: entry[key] for name, entry in concepts.items()}
+        if not isinstance(value, float) or any(math.isnan(v) for v in values.values()):
+            continue
+        name = min(values, key=lambda n: -abs(values[n]) if key.startswith("compression") else values[n])
+        result[key] = {"concept": name, "value": values[name]}
+    return result
+
+
+def _ratio(value: float, by: float) -> float:
+    return float(value / by) if by else math.nan
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- the page ------------------------------------------------------------------------------------------
+
+
+def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
+    """Write the report of a finished batch as one HTML file. The more concepts, the fewer pictures of each."""
+    figures = summary(plan, store, release)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": _size, "duration": _duration, "number": _number}
+    names = {
+        "base": "Base",
+        "single": "Joint" if plan.batch.training.method == "joint" else "Alone",
+        "merged_full": "Merged, exact",
+        "merged": "Merged",
+    }
+    page = environment.get_template("report.html.jinja").render(
+        figures=figures,
+        concepts=_concepts(plan, store, figures),
+        models=names,
+        scores=SCORES,
+        remarks=_remarks(figures),
+        notes=plan.notes,
+        base=plan.batch.base,
+        chart=_alignment_chart(figures["concepts"], names),
+        spec=yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _concepts(plan: Plan, store: Store, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the page shows of each concept."""
+    count = len(plan.of("evaluate"))
+    thumbnails, prompts = max(3, min(12, 150 // count)), max(1, min(8, 40 // count))
+    shown: list[dict[str, Any]] = []
+    trainings: dict[str, str] = {}
+    for stage in plan.of("evaluate"):
+        name = stage.params["concept"]
+        own = load_images(stage.places["images"]).images
+        regularization = _regularization(name, plan, store)
+        nearest = itertools.islice(regularization or [], thumbnails)
+        (trained,) = stage.inputs_of("train")
+        first = trainings.setdefault(trained.key, name)
+        shown.append(
+            {
+                "name": name,
+                "figures": figures["concepts"][name],
+                "images": [_thumbnail(image) for image in own[:thumbnails]],
+                "image_count": len(own),
+                "regularization": [(_thumbnail(image), caption) for image, caption in nearest],
+                "trained_as": trained.name,
+                # concepts trained together share a curve, shown once
+                "training": _training(store.path("train", trained.key)) if first == name else None,
+                "training_at": first,
+                "prompts": _drawn(stage, store.path("evaluate", stage.key))[:prompts],
+                "prompt_count": len(stage.params["prompts"]),
+            }
+        )
+    return shown
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """Loss curve and up to six sample grids, the last among them."""
+    with safe_open(folder / "weights.safetensors", framework="np") as file:
+        losses = json.loads(file.metadata()["polyconcept"])["losses"]
+    grids = sorted(folder.glob("samples-*.png"))
+    chosen = sorted({round(i) for i in np.linspace(0, len(grids) - 1, min(6, len(grids)))})
+    return {
+        "steps": len(losses),
+        "chart": _loss_chart(losses),
+        "grids": [(int(grids[i].stem.split("-")[1]), _data_uri(Image.open(grids[i]))) for i in chosen],
+    }
+
+
+def _drawn(stage: Stage, folder: Path) -> list[dict[str, Any]]:
+    """Per prompt, the row of images that each model drew from the same seeds."""
+    prompts = stage.params["prompts"]
+    grids = {model: Image.open(folder / f"{model}.png").convert("RGB") for model in COLOURS}
+    side = grids["base"].height // len(prompts)
+    phrase = " ".join(stage.params["phrase"])
+    return [
+        {
+            "prompt": prompt.replace("{}", phrase),
+            "rows": {
+                model: _data_uri(grid.crop((0, i * side, grid.width, (i + 1) * side))) for model, grid in grids.items()
+            },
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _remarks(figures: dict[str, Any]) -> list[str]:
+    """What deserves a look, in words."""
+    remarks = []
+    for name, entry in figures["concepts"].items():
+        gain, ratio = entry["image_gain_merged_se"], entry["text_ratio_merged"]
+        if gain is not None and gain < 2:
+            remarks.append(
+                f"{name}: the merged model's image alignment is {gain:+.1f} standard errors from the base's: "
+                "the concept was not clearly learnt."
+            )
+        if ratio is not None and ratio < 0.9:
+            remarks.append(
+                f"{name}: the merged model keeps {ratio:.0%} of the base's text alignment: it follows prompts less."
+            )
+        shortfall = entry.get("regularization", {}).get("shortfall")
+        if shortfall:
+            remarks.append(f"{name}: {shortfall}.")
+    for name, residual in figures["residuals"]["after"].items():
+        if residual > 0.01:
+            remarks.append(f"{name}: {residual:.1%} of its change is not met after merging and compression.")
+    return remarks
+
+
+# --- pictures ------------------------------------------------------------------------------------------
+
+
+def _loss_chart(losses: Sequence[float]) -> str:
+    """Loss by step, raw and as a running mean over a tenth of the steps."""
+    steps = np.arange(1, len(losses) + 1)
+    smooth = pd.Series(losses).rolling(max(1, len(losses) // 10), center=True, min_periods=1).mean()
+    with rc_context(CHART):
+        figure = Figure(figsize=(4.4, 2.3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, losses, color=COLOURS["base"], linewidth=0.7, alpha=0.6, label="each step")
+        axes.plot(steps, smooth, color=COLOURS["single"], linewidth=2, label="running mean")
+        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        axes.legend(frameon=False, loc="upper right", ncols=2, fontsize=9)
+        return _svg_uri(figure)
+
+
+def _alignment_chart(concepts: Mapping[str, dict[str, Any]], names: Mapping[str, str]) -> str:
+    """Dots with standard errors: a panel per score, a line per concept."""
+    scores = [score for score in SCORES if score in next(iter(concepts.values()))["base"]]
+    with rc_context(CHART):
+        figure = Figure(figsize=(2.6 * len(scores) + 0.8, 1.3 + 0.42 * len(concepts)), layout="constrained")
+        panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+        for axes, score in zip(panels, scores, strict=True):
+            for offset, (model, colour) in zip((-0.18, 0, 0.18), COLOURS.items(), strict=True):
+                axes.errorbar(
+                    [entry[model][score] for entry in concepts.values()],
+                    np.arange(len(concepts)) + offset,
+                    xerr=[entry[model][f"{score}_se"] for entry in concepts.values()],
+                    fmt="o",
+                    markersize=5,
+                    color=colour,
+                    label=names[model],
+                )
+            axes.set_title(SCORES[score], fontsize=10)
+            axes.set_ylim(len(concepts) - 0.5, -0.5)
+            # `$` would start a formula
+            axes.set_yticks(range(len(concepts)), [name.replace("$", r"\$") for name in concepts])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        return _svg_uri(figure)
+
+
+def _svg_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _thumbnail(image: Image.Image, side: int = 192) -> str:
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return _data_uri(small)
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "webp", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- words ---------------------------------------------------------------------------------------------
+
+
+def _size(count: float) -> str:
+    """1234567 -> `1.23 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    """3725 -> `1 h 02 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    """Formatted with a real minus; a dash for None."""
+    return "–" if value is None else format(value, form).replace("-", "−")

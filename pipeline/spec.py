@@ -1,0 +1,339 @@
+"""`ConceptBatch`: what a user asks for, read from YAML or from the concept lists of other trainers.
+
+Unknown keys are refused with the nearest known one; every error names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+MINIATURE = Path(__file__).parent / "miniature"
+"""The embedded default: base model, CLIP and judge in the package."""
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the spec: unknown keys are errors, and so are values of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Concept(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Name of the concept, used for files: letters, digits, `-`, `_`."""
+    images: tuple[str, ...]
+    """Folder, glob pattern or image files; relative to the batch file."""
+    class_word: str = Field(min_length=1)
+    """What it is, in the base model's words: `cat`, `wooden pot`."""
+    token: str = ""
+    """The new token; `<new1>`, `<new2>`, … by position when empty."""
+    initializer: str = ""
+    """A word of one token the new row starts from; rarely used words in turn when empty."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to measure and show this concept with, `{}` standing for the concept; the batch's when empty."""
+    class_prompt: str = ""
+    """Regularisation images are those with captions nearest to this; the class word when empty."""
+
+    @field_validator("images", "prompts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("token")
+    @classmethod
+    def _token_is_one_word(cls, value: str) -> str:
+        if value and any(c.isspace() for c in value):
+            raise ValueError(f"a token is one word without spaces, found {value!r}")
+        return value
+
+    @property
+    def phrase(self) -> str:
+        """How prompts name the concept: `<new1> cat`."""
+        return f"{self.token} {self.class_word}"
+
+
+class Retrieval(Section):
+    corpus: str = "miniature"
+    """Parquet file, folder, glob or URL of (url, caption) rows or of embeddings as clip-retrieval writes them;
+    `miniature` for the embedded world."""
+    local: bool = False
+    """The corpus is one's own: its images may be on private addresses. The miniature's are."""
+    base_url: str = ""
+    """What relative urls of the corpus are joined to."""
+    clip: str = "miniature"
+    """open_clip model: `ViT-B-32/laion2b_s34b_b79k`, a folder, or `miniature`."""
+    images: Positive = 200
+    """Regularisation images per concept (method.md: 200)."""
+    oversample: float = Field(5.0, ge=1)
+    """Candidates asked for, as a multiple of `images`: old links die."""
+    max_nsfw: float | None = None
+    """Leave out rows whose NSFW score is above this, where the corpus has one."""
+    block_list: str = ""
+    """File with sha256 sums, one a line, of images never to use."""
+    miniature_captions: Positive = 20_000
+    """Rows of the miniature corpus."""
+
+
+class Training(Section):
+    method: Literal["separate", "joint"] = "separate"
+    """One set of weights each, folded by the merge; or all concepts trained together into one set."""
+    steps: Positive | None = None
+    """Optimizer steps; 250 per concept trained together when empty (the paper: 250, and 500 for two)."""
+    batch_size: Positive = 4
+    """Concept images a step; as many regularisation images stand beside them (the paper's batch of 8)."""
+    learning_rate: float = Field(8e-5, gt=0)
+    """Of the K/V matrices and the token rows (the paper: 1e-5 a sample, times 8)."""
+    token_learning_rate: float | None = Field(None, gt=0)
+    """Of the token rows when it differs."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    prior_weight: float = Field(1.0, ge=0)
+    """Weight of the regularisation loss."""
+    regularization: Literal["real", "none"] = "real"
+    augment: bool = True
+    """Random resize with size words and masked loss."""
+    views: Positive = 64
+    """Augmented views of each image whose latents are kept."""
+    prompt: str = "photo of a {}"
+    """Caption of a concept's image, `{}` standing for the concept."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU."""
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    seed: int = 0
+    checkpoint_every: Positive = 50
+    sample_every: Positive | None = None
+    """Draw a sample grid every so many steps (and at the end); at the end only when empty."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_names_the_concept(cls, value: str) -> str:
+        return _with_placeholder(value)
+
+
+class Merge(Section):
+    form: Literal["hard", "soft"] = "hard"
+    """Constraints met exactly, or as a penalty."""
+    penalty: float = Field(100.0, gt=0)
+    """mu of the soft form, relative to the mean of G's diagonal."""
+    captions: Positive = 1000
+    """Regularisation captions in G at most (the authors: 200 to 1000)."""
+    damping: float = Field(1e-6, ge=0)
+    """Added to G's diagonal, relative to its mean, so that its factorisation exists."""
+    prompts: tuple[str, ...] = ("{}", "photo of a {}")
+    """Constraint prompts; `{}` stands for the concept."""
+
+
+class Compress(Section):
+    max_bytes: Positive | None = None
+    """Upper bound of the merged file's factors; lossless when empty."""
+    max_rank: Positive | None = None
+    """Upper bound of the rank; lossless when empty."""
+
+
+class Evaluation(Section):
+    prompts: tuple[str, ...] = ("photo of a {}",)
+    samples: Positive = 8
+    """Images a prompt."""
+    steps: Positive = 50
+    guidance: float = 6.0
+    seed: int = 0
+    clip: str = "miniature"
+    identity: Literal["miniature", ""] = ""
+    """The miniature's identity judge beside CLIP; empty for none."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_with_placeholder(p) for p in value)
+
+
+class Publish(Section):
+    to: str = ""
+    """Folder or URL releases go to; `<output>/releases` when empty."""
+    license: str = ""
+    """Licence named in the model card."""
+
+
+class ConceptBatch(Section):
+    name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: str = "miniature"
+    """Diffusers model: folder, hub name, or `miniature`."""
+    output: str = "runs/{name}"
+    """Where the store, report and releases are, relative to the working directory."""
+    store: str = ""
+    """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
+    concepts: tuple[Concept, ...] = Field(min_length=1)
+    retrieval: Retrieval = Retrieval()
+    training: Training = Training()
+    merge: Merge = Merge()
+    compress: Compress = Compress()
+    evaluation: Evaluation = Evaluation()
+    publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _concepts_differ(self) -> ConceptBatch:
+        for field in ("name", "token"):
+            seen: dict[str, int] = {}
+            for i, concept in enumerate(self.concepts):
+                value = getattr(concept, field)
+                if value and value in seen:
+                    raise ValueError(
+                        f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
+                    )
+                seen[value] = i
+        return self
+
+    def model_post_init(self, _: Any) -> None:
+        taken = {c.token for c in self.concepts}
+        free = (t for t in (f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)) if t not in taken)
+        filled = [c if c.token else c.model_copy(update={"token": next(free)}) for c in self.concepts]
+        object.__setattr__(self, "concepts", tuple(filled))
+
+    @property
+    def output_path(self) -> str:
+        return self.output.format(name=self.name)
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"{self.output_path}/store"
+
+    @property
+    def release_url(self) -> str:
+        return self.publish.to or f"{self.output_path}/releases"
+
+    @property
+    def base_path(self) -> str:
+        return str(MINIATURE / "model") if self.base == "miniature" else self.base
+
+    def prompts_of(self, concept: Concept) -> tuple[str, ...]:
+        return concept.prompts or self.evaluation.prompts
+
+
+def clip_path(clip: str) -> str:
+    """The open_clip model's place: the package's folder for `miniature`."""
+    return str(MINIATURE / "clip") if clip == "miniature" else clip
+
+
+def load_batch(path: str | Path) -> ConceptBatch:
+    """Read a batch file: the project's YAML, or a `concepts_list.json` / `dataset.json` of other trainers.
+
+    Raises:
+        ValueError: naming the file, the key, what was found and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give the path of a batch file (.yaml or .json)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'YAML'}: {error}") from None
+    if isinstance(data, list):
+        data = _from_concepts_list(path, data)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping with the key 'concepts', found {type(data).__name__}")
+    try:
+        batch = ConceptBatch.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    return _resolve(batch, path.parent)
+
+
+def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
+    """Relative places in a batch file are relative to the file (not `output`: that is where the user stands)."""
+
+    def place(value: str) -> str:
+        return value if not value or "://" in value or Path(value).is_absolute() else str(folder / value)
+
+    concepts = [c.model_copy(update={"images": tuple(map(place, c.images))}) for c in batch.concepts]
+    update: dict[str, Any] = {"concepts": tuple(concepts)}
+    if batch.retrieval.corpus != "miniature":
+        update["retrieval"] = batch.retrieval.model_copy(
+            update={"corpus": place(batch.retrieval.corpus), "block_list": place(batch.retrieval.block_list)}
+        )
+    if (folder / batch.base).is_dir():
+        update["base"] = str(folder / batch.base)
+    return batch.model_copy(update=update)
+
+
+def _from_concepts_list(path: Path, entries: list[Any]) -> dict[str, Any]:
+    """`[{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": …}, …]`, the form of
+    the authors' trainer and of diffusers' `train_custom_diffusion.py`; `class_data_dir` is not used: regularisation
+    images are retrieved."""
+    concepts = []
+    known = {"instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir", "prompt_filename"}
+    for i, entry in enumerate(entries):
+        where = f"{path}: [{i}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected a mapping, found {type(entry).__name__}")
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"{where}.{key}: unknown key{_nearest(key, known)}")
+        for key in ("instance_prompt", "class_prompt", "instance_data_dir"):
+            if not isinstance(entry.get(key), str) or not entry[key]:
+                raise ValueError(
+                    f"{where}.{key}: missing; the form is instance_prompt, class_prompt, instance_data_dir"
+                )
+        tokens = [w for w in entry["instance_prompt"].split() if w.startswith("<") and w.endswith(">")]
+        if len(tokens) > 1:
+            raise ValueError(f"{where}.instance_prompt: expected one new token like <new1>, found {tokens}")
+        folder = Path(entry["instance_data_dir"])
+        class_word = entry["class_prompt"].removeprefix("photo of a ").removeprefix("a photo of a ").strip()
+        concepts.append(
+            {
+                "name": f"{i + 1:03d}-{''.join(c if c.isalnum() else '-' for c in folder.name) or 'concept'}",
+                "images": [entry["instance_data_dir"]],
+                "class_word": class_word,
+                "token": tokens[0] if tokens else "",
+                "class_prompt": entry["class_prompt"],
+            }
+        )
+    return {"name": path.stem, "concepts": concepts}
+
+
+def _with_placeholder(prompt: str) -> str:
+    if prompt.count("{}") != 1:
+        raise ValueError(f"a prompt names the concept once by '{{}}', as in 'photo of a {{}}'; found {prompt!r}")
+    return prompt
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        location = item["loc"]
+        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(location[:-1])
+            lines.append(f"{key}: unknown key{_nearest(str(location[-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing")
+        else:
+            found = "" if item["type"] == "value_error" else f", found {item['input']!r}"
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}{found}" if key else message)
+    return lines
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = ConceptBatch
+    for part in location:
+        if part == "concepts":
+            model = Concept
+        elif isinstance(part, str) and part in model.model_fields:
+            model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return list(model.model_fields)

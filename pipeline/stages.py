@@ -1,0 +1,371 @@
+"""What each stage does: plain functions from artifacts to an artifact. `run_stage` finds the inputs and keeps the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from pipeline.evaluation.alignment import Judges, scores
+from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.merge.solve import constraint_of, merge, regularization_rows, report
+from pipeline.miniature.corpus import serve_corpus, write_corpus
+from pipeline.plan import Stage
+from pipeline.release.card import write_card
+from pipeline.release.formats import write_formats
+from pipeline.sampling import draw, grid
+from pipeline.store import Store
+from retrieval.clip import load_clip
+from retrieval.corpus import precomputed, read_corpus
+from retrieval.download import download
+from retrieval.index import build_index, build_index_from_embeddings
+from retrieval.regularization import RegularizationSet
+from retrieval.select import candidates
+from training.attention import training_dtype, use_attention
+from training.backbone import Backbone, load_backbone
+from training.features import (
+    ConceptFeatures,
+    RegularizationFeatures,
+    concept_features,
+    regularization_features,
+)
+from training.images import load_images
+from training.loop import TrainingConcept, TrainingSettings, train
+from training.weights import ConceptWeights
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is counted, how many are done, and how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage function gets: its stage, where its inputs lie, where to write, where to keep checkpoints."""
+
+    stage: Stage
+    inputs: dict[str, list[Path]]
+    out: Path
+    scratch: Path
+    progress: Progress
+
+    def input(self, kind: str) -> Path:
+        (path,) = self.inputs[kind]
+        return path
+
+
+def run_stage(stage: Stage, store: Store, progress: Progress) -> Path:
+    """Make a stage's artifact unless the store has it; its inputs must be there. Returns its local folder."""
+    if not store.has(stage.kind, stage.key):
+        inputs: dict[str, list[Path]] = {}
+        for upstream in stage.inputs:
+            inputs.setdefault(upstream.kind, []).append(store.path(upstream.kind, upstream.key))
+        with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
+            FUNCTIONS[stage.kind](Work(stage, inputs, out, store.scratch(stage.key), progress))
+    return store.path(stage.kind, stage.key)
+
+
+@functools.lru_cache(maxsize=1)
+def _backbone(path: str, dtype: torch.dtype = torch.float32) -> Backbone:
+    """One resident base model a process: a Ray worker that runs several stages loads it once."""
+    return load_backbone(path, dtype=dtype)
+
+
+# --- retrieval -----------------------------------------------------------------------------------------
+
+
+def index(work: Work) -> None:
+    corpus = work.stage.places["corpus"]
+    if corpus == "miniature":
+        rows = int(work.stage.params["corpus"].rsplit("-", 1)[1])
+        corpus = str(work.scratch / "corpus.parquet")
+        write_corpus(Path(corpus), rows, seed=0)
+    pairs = precomputed(corpus)
+    if pairs:
+        build_index_from_embeddings(pairs, work.out)
+    else:
+        clip = load_clip(work.stage.places["clip"])
+        build_index(read_corpus(corpus), clip.encode_text, work.out)
+
+
+def retrieve(work: Work) -> None:
+    params = work.stage.params
+    table = candidates(
+        work.input("index"),
+        load_clip(work.stage.places["clip"]),
+        params["prompt"],
+        params["count"],
+        max_nsfw=params["max_nsfw"],
+        blocked_sha256=params["block_list"],
+    )
+    pq.write_table(table, work.out / "candidates.parquet")
+
+
+def regularization(work: Work) -> None:
+    places, wanted = work.stage.places, work.stage.params["images"]
+    own = [str(imagehash.phash(image)) for image in load_images(places["images"]).images]
+    table = pq.read_table(work.input("candidates") / "candidates.parquet")
+    base = (
+        json.loads((Path(places["base"]) / "unet" / "config.json").read_text()) if Path(places["base"]).is_dir() else {}
+    )
+    side = max(64, 8 * base.get("sample_size", 64))
+    get = functools.partial(
+        download, table, work.out, count=wanted, image_size=side, local=places["local"], exclude=own
+    )
+    if places["base_url"]:
+        get(base_url=places["base_url"])
+    else:
+        with serve_corpus() as base_url:
+            get(base_url=base_url)
+
+
+# --- training ------------------------------------------------------------------------------------------
+
+
+def features(work: Work) -> None:
+    params, backbone = work.stage.params, _backbone(work.stage.places["base"])
+    own = load_images(work.stage.places["images"])
+    made = concept_features(
+        backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
+    )
+    made.save(work.out / "concept.safetensors")
+    for path in work.inputs.get("regularization", []):
+        samples = RegularizationSet.load(path)
+        regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
+
+
+def train_concepts(work: Work) -> None:
+    params, places = work.stage.params, work.stage.places
+    values = dict(params["training"])
+    backbone = _backbone(places["base"], training_dtype(values.pop("precision")))
+    use_attention(backbone.unet, places["attention"])
+    values.pop("regularization")
+    settings = TrainingSettings(
+        **values, checkpoint_every=places["checkpoint_every"], sample_every=places["sample_every"]
+    )
+    concepts = []
+    for (name, (token, class_word, initializer)), folder in zip(
+        params["concepts"].items(), work.inputs["features"], strict=True
+    ):
+        prior = folder / "regularization.safetensors"
+        concepts.append(
+            TrainingConcept(
+                name,
+                token,
+                initializer,
+                class_word,
+                ConceptFeatures.load(folder / "concept.safetensors"),
+                RegularizationFeatures.load(prior) if prior.exists() else None,
+            )
+        )
+
+    def sample(path: Path, step: int) -> None:
+        backbone.unet.eval()
+        prompts = [settings.prompt.format(f"{c.token} {c.class_word}") for c in concepts for _ in range(4)]
+        images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
+        rows = [images[i : i + 4] for i in range(0, len(images), 4)]
+        grid(rows, labels=[f"{c.name}, step {step}" for c in concepts]).save(path)
+
+    weights = train(
+        backbone,
+        concepts,
+        settings,
+        scratch=work.scratch,
+        sample=sample,
+        progress=lambda step, loss: work.progress("steps", step, settings.steps),
+    )
+    weights.save(work.out / "weights.safetensors")
+    shutil.copytree(work.scratch / "tensorboard", work.out / "tensorboard")
+    for path in sorted(work.scratch.glob("samples-*.png")):
+        shutil.copy(path, work.out)
+
+
+# --- merge ---------------------------------------------------------------------------------------------
+
+
+def merge_concepts(work: Work) -> None:
+    """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`."""
+    settings, budget = work.stage.params["merge"], work.stage.params["compress"]
+    backbone = _backbone(work.stage.places["base"])
+    trained = [ConceptWeights.load(path / "weights.safetensors") for path in work.inputs["train"]]
+    captions = _captions(work.inputs.get("regularization", []), settings["captions"], trained)
+    rows = regularization_rows(backbone, captions)
+    base = {name: layer.weight.data for name, layer in backbone.layers.items()}
+    gram = rows.T @ rows
+    gram += settings["damping"] * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    constraints, tokens, concepts = [], {}, []
+    for weights in trained:
+        constraints += constraint_of(backbone, weights, settings["prompts"])
+        tokens |= weights.tokens
+        concepts += weights.metadata["concepts"]
+    if len(trained) == 1:
+        # one set of weights (a single concept, or joint training) needs no merge, only compression
+        full, _ = weighted_factors(trained[0].deltas, gram)
+        solved = report(full, constraints, rows, base)
+    else:
+        full, solved = merge(
+            constraints,
+            rows,
+            base,
+            form=settings["form"],
+            damping=settings["damping"],
+            penalty=settings["penalty"],
+        )
+    metadata = {"base": backbone.digest, "concepts": concepts}
+    full = dataclasses.replace(full, tokens=tokens, metadata=metadata)
+    small, error = full, 0.0
+    if SHARED in full.right and (budget["max_rank"] or budget["max_bytes"]):
+        per_rank = 2 * (full.right[SHARED].shape[1] + sum(len(left) for left in full.left.values()))
+        rank = min(budget["max_rank"] or solved.rows, (budget["max_bytes"] or 2**62) // per_rank)
+        if not rank:
+            raise ValueError(f"compress.max_bytes {budget['max_bytes']}: one rank costs {per_rank} bytes")
+        small, error = shared_factors(full, gram, rank)
+    elif budget["max_rank"] or budget["max_bytes"]:
+        small, error = weighted_factors(full.deltas, gram, max_rank=budget["max_rank"], max_bytes=budget["max_bytes"])
+    small = in_half(dataclasses.replace(small, tokens=tokens, metadata=metadata))
+    final = report(small, constraints, rows, base)
+    full.save(work.out / "full.safetensors")
+    small.save(work.out / "merged.safetensors")
+    summary = {
+        "form": settings["form"] if len(trained) > 1 else "none",
+        "rows": solved.rows,
+        "regularization_captions": len(captions),
+        "condition": solved.condition,
+        "drift": solved.drift,
+        "residuals": solved.residuals,
+        "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},
+        "bytes": {
+            "concepts": sum(weights.nbytes for weights in trained),
+            "concept_files": sum((path / "weights.safetensors").stat().st_size for path in work.inputs["train"]),
+            "merged_dense": sum(w.nbytes for w in trained[:1]),
+            "merged": (work.out / "merged.safetensors").stat().st_size,
+        },
+    }
+    (work.out / "report.json").write_text(json.dumps(summary, indent=1))
+
+
+def _captions(sets: list[Path], limit: int, trained: list[ConceptWeights]) -> list[str]:
+    """Regularisation captions for G, the same share of each concept's; without any, the bare class words."""
+    if not sets:
+        words = {c["class_word"] for weights in trained for c in weights.metadata["concepts"]}
+        return [form.format(word) for word in sorted(words) for form in ("{}", "photo of a {}", "a {}")]
+    each = [RegularizationSet.load(path).captions() for path in sets]
+    share = -(-limit // len(each))
+    return list(dict.fromkeys(caption for captions in each for caption in captions[:share]))[:limit]
+
+
+# --- measures ------------------------------------------------------------------------------------------
+
+
+def evaluate(work: Work) -> None:
+    """`scores.parquet`: a row per image; `base.png`, `single.png`, `merged.png`: rows of the same prompts and seeds."""
+    params, places = work.stage.params, work.stage.places
+    settings = params["evaluation"]
+    backbone = _backbone(places["base"])
+    use_attention(backbone.unet, places["attention"])
+    judges = Judges.load(load_clip(places["clip"]), settings["identity"])
+    references = load_images(places["images"]).images
+    token, class_word = params["phrase"]
+    full = MergedModel.load(work.input("merge") / "full.safetensors")
+    small = MergedModel.load(work.input("merge") / "merged.safetensors")
+    single = ConceptWeights.load(work.input("train") / "weights.safetensors")
+    models = {
+        "base": ({}, {}),
+        "single": (single.deltas, single.tokens),
+        "merged_full": (full.deltas, full.tokens),
+        "merged": (small.deltas, small.tokens),
+    }
+    prompts = [p for p in params["prompts"] for _ in range(settings["samples"])]
+    seeds = [settings["seed"] + i for i in range(len(prompts))]
+    plain = [p.format(class_word) for p in prompts]
+    tables = []
+    for number, (model, (deltas, tokens)) in enumerate(models.items()):
+        named = plain if model == "base" else [p.format(f"{token} {class_word}") for p in prompts]
+        with backbone.changed(deltas, tokens):
+            images = draw(
+                backbone,
+                named,
+                seeds=seeds,
+                steps=settings["steps"],
+                guidance=settings["guidance"],
+                progress=lambda done, n=number: work.progress("images", n * len(prompts) + done, 4 * len(prompts)),
+            )
+        values = scores(judges, images, plain, references)
+        tables.append(pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}))
+        _save_rows(images, params["prompts"], settings["samples"], work.out / f"{model}.png")
+    pd.concat(tables).to_parquet(work.out / "scores.parquet")
+
+
+def _save_rows(images: list[Image.Image], prompts: list[str], samples: int, path: Path) -> None:
+    shown = min(samples, 6)
+    rows = [images[i * samples : i * samples + shown] for i in range(len(prompts))]
+    grid(rows, side=96).save(path)
+
+
+def measures(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Mean and standard error of each score per model: {"merged": {"image": …, "image_se": …, "samples": …}}."""
+    result = {}
+    for model, rows in table.groupby("model", sort=False):
+        entry: dict[str, float] = {"samples": len(rows)}
+        for score in ("text", "image", "identity"):
+            if score in rows:
+                entry[score] = float(rows[score].mean())
+                entry[f"{score}_se"] = float(rows[score].std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else 0.0
+        result[str(model)] = entry
+    return result
+
+
+# --- release -------------------------------------------------------------------------------------------
+
+
+def release(work: Work) -> None:
+    """The files of a release, ready to be published: weights in all formats, spec, measures, sample grid, card."""
+    params, places = work.stage.params, work.stage.places
+    backbone = _backbone(places["base"])
+    model = MergedModel.load(work.input("merge") / "merged.safetensors")
+    write_formats(model, backbone.pipe, work.out)
+    evaluated = {}
+    strips = []
+    for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):
+        evaluated[stage.name] = measures(pd.read_parquet(path / "scores.parquet"))
+        strips.append(Image.open(path / "merged.png"))
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    sheet.save(work.out / "samples.png")
+    merge_report = json.loads((work.input("merge") / "report.json").read_text())
+    (work.out / "spec.json").write_text(json.dumps(params["spec"], indent=1))
+    (work.out / "measures.json").write_text(json.dumps(evaluated, indent=1))
+    (work.out / "merge.json").write_text(json.dumps(merge_report, indent=1))
+    write_card(
+        work.out,
+        name=params["name"],
+        base_model=places["base_name"],
+        concepts=model.metadata["concepts"],
+        measures=evaluated,
+        residuals=merge_report["compressed"]["residuals"],
+        license=params["license"],
+    )
+
+
+FUNCTIONS: dict[str, Callable[[Work], None]] = {
+    "index": index,
+    "candidates": retrieve,
+    "regularization": regularization,
+    "features": features,
+    "train": train_concepts,
+    "merge": merge_concepts,
+    "evaluate": evaluate,
+    "release": release,
+}

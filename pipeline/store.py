@@ -1,0 +1,132 @@
+"""The artifact store: a folder per stage result, named by the hash of all that determined it.
+
+    <root>/<kind>/<key>/…files… + manifest.json      whole artifacts; the manifest is written last
+    <root>/.scratch/<key>/                           a stage's checkpoints, local, gone when it is finished
+    <root>/.building/<host>.<pid>.…/                 artifacts being built
+
+The root is a local path or an fsspec URL. On a local root an artifact is built in a temporary folder beside its place
+and renamed; on a URL it is built locally, uploaded, and is whole once its manifest is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+MANIFEST = "manifest.json"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def content_key(description: Any) -> str:
+    """Hash of a JSON-able description, 20 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Relative file name -> sha256, of all files but the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
+
+
+class Store:
+    """See the module. `cache` is where artifacts of a remote root are kept locally."""
+
+    def __init__(self, root: str, cache: str | Path | None = None) -> None:
+        self.root = root
+        self.fs, self.base = fsspec.core.url_to_fs(root)
+        self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self.local = Path(self.base) if self.is_local else Path(cache or _cache_of(root))
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether the artifact is there, whole."""
+        return self.fs.exists(f"{self.base}/{kind}/{key}/{MANIFEST}")
+
+    def path(self, kind: str, key: str) -> Path:
+        """Local folder of a finished artifact, brought from a remote root when it is not here yet."""
+        folder = self.local / kind / key
+        if (folder / MANIFEST).exists():
+            return folder
+        if self.is_local or not self.has(kind, key):
+            raise FileNotFoundError(f"{self.root}: no artifact {kind}/{key}")
+        with self._building(folder) as part:
+            self.fs.get(f"{self.base}/{kind}/{key}/", f"{part}/", recursive=True)
+        return folder
+
+    def manifest(self, kind: str, key: str) -> dict[str, Any]:
+        return json.loads(self.fs.cat_file(f"{self.base}/{kind}/{key}/{MANIFEST}"))
+
+    def scratch(self, key: str) -> Path:
+        """Local folder for a stage's checkpoints, kept when the stage is cut off."""
+        folder = self.local / ".scratch" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @contextlib.contextmanager
+    def create(self, kind: str, key: str, description: dict[str, Any]) -> Iterator[Path]:
+        """Build an artifact: the block fills the folder it is given; on leaving, it is made whole or not at all."""
+        folder, start = self.local / kind / key, time.time()
+        with self._building(folder) as part:
+            yield part
+            manifest = {"kind": kind, "key": key, "seconds": round(time.time() - start, 3), **description}
+            manifest["files"] = checksums(part)
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if not self.is_local:
+            target = f"{self.base}/{kind}/{key}"
+            for name in manifest["files"]:
+                self.fs.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+                self.fs.put_file(str(folder / name), f"{target}/{name}")
+            self.fs.put_file(str(folder / MANIFEST), f"{target}/{MANIFEST}")
+        shutil.rmtree(self.local / ".scratch" / key, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes of this machine left half-built."""
+        for part in (self.local / ".building").glob(f"{socket.gethostname()}.*"):
+            if not _is_alive(int(part.name.removeprefix(f"{socket.gethostname()}.").split(".")[0])):
+                shutil.rmtree(part, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _building(self, folder: Path) -> Iterator[Path]:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = self.local / ".building"
+        building.mkdir(exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}.{os.getpid()}.", dir=building))
+        try:
+            yield part
+            try:
+                os.replace(part, folder)
+            except OSError:
+                if not (folder / MANIFEST).exists():  # else another process was first with the same artifact
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _cache_of(root: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return home / "polyconcept" / content_key(root)

@@ -1,0 +1,201 @@
+"""The `polyconcept` command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+BatchFile = Annotated[Path, typer.Argument(help="Batch file: YAML, or a concepts_list.json of another trainer.")]
+Output = Annotated[str | None, typer.Option(help="Folder for store, report and releases, instead of the batch's own.")]
+
+
+def _load(path: Path, output: str | None):
+    from pipeline.spec import load_batch
+
+    batch = load_batch(path)
+    return batch.model_copy(update={"output": output}) if output else batch
+
+
+@app.command()
+def run(batch_file: BatchFile, output: Output = None) -> None:
+    """Do everything a batch asks for: retrieve, train, merge, measure, publish, report."""
+    from ray_jobs.concept_batch import run as run_batch
+
+    outcome = run_batch(_load(batch_file, output))
+    _print_summary(outcome.summary)
+    print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
+
+
+@app.command()
+def plan(batch_file: BatchFile, output: Output = None) -> None:
+    """Print the stages, what is done already, and what the rest will cost. Does nothing."""
+    from pipeline.estimate import estimates
+    from pipeline.plan import make_plan
+    from pipeline.store import Store
+
+    batch = _load(batch_file, output)
+    made = make_plan(batch)
+    store, cost = Store(batch.store_url), estimates(made)
+    print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
+    print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
+    seconds = 0.0
+    for stage in made:
+        done = store.has(stage.kind, stage.key)
+        estimate = cost[stage.key]
+        seconds += 0 if done else estimate.seconds or 0
+        print(
+            f"{stage.kind:15} {stage.name[:24]:24} {'done' if done else 'to do':6} "
+            f"{'' if estimate.seconds is None else f'{estimate.seconds:.0f}':>9} "
+            f"{'' if estimate.gib is None else f'{estimate.gib:.2f}':>7}  {stage.key}"
+        )
+    for note in made.notes:
+        print(f"note: {note}")
+    todo = len(made.todo(store))
+    print(
+        f"{todo} of {len(made.stages)} stages to do, about {seconds:.0f} s of computing on one device of this machine"
+    )
+
+
+@app.command()
+def sample(
+    weights: Annotated[str, typer.Argument(help="Release (folder or URL), merged.safetensors or weights.safetensors.")],
+    prompt: Annotated[list[str], typer.Argument(help="Prompts, naming concepts by token: 'photo of a <new1> cat'.")],
+    base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 50,
+    guidance: Annotated[float, typer.Option()] = 6.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Draw prompts with a release's merged model, or with one concept's weights."""
+    from tqdm import tqdm
+
+    from pipeline.sampling import draw, grid
+    from pipeline.spec import MINIATURE
+    from pipeline.merge.files import load_change
+    from training.backbone import load_backbone
+
+    deltas, tokens, digest = load_change(weights)
+    backbone = load_backbone(MINIATURE / "model" if base == "miniature" else base)
+    if digest and digest != backbone.digest:
+        raise ValueError(f"{weights} was trained over a base with digest {digest}, but {base!r} has {backbone.digest}")
+    prompts = [p for p in prompt for _ in range(count)]
+    with backbone.changed(deltas, tokens), tqdm(total=len(prompts), unit="image") as bar:
+        images = draw(
+            backbone,
+            prompts,
+            seeds=[seed + i for i in range(len(prompts))],
+            steps=steps,
+            guidance=guidance,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    rows = [images[i : i + count] for i in range(0, len(images), count)]
+    grid(rows, labels=prompt).save(out)
+    print(f"made {out}: {len(images)} images of {len(prompt)} prompts")
+
+
+@app.command()
+def merge(
+    weights: Annotated[list[Path], typer.Argument(help="weights.safetensors of separately trained concepts.")],
+    captions: Annotated[Path, typer.Option(help="Regularisation captions, one a line.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("merged.safetensors"),
+    base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
+    form: Annotated[str, typer.Option(help="hard or soft")] = "hard",
+) -> None:
+    """Fold concept weights into one low-rank model, without a batch file."""
+    from pipeline.merge.files import merge_files
+    from pipeline.spec import MINIATURE
+
+    if form not in ("hard", "soft"):
+        raise ValueError(f"--form {form!r}: allowed are 'hard' and 'soft'")
+    place = MINIATURE / "model" if base == "miniature" else base
+    model, report = merge_files(weights, captions, place, form=form)
+    model.save(out)
+    worst = max(report.residuals.items(), key=lambda item: item[1])
+    print(
+        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, {out.stat().st_size / 1e6:.2f} MB, "
+        f"worst residual {worst[1]:.1e} ({worst[0]}), drift {report.drift:.3f}"
+    )
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Prepared release folder.")],
+    destination: Annotated[str, typer.Argument(help="Folder or URL of the releases.")],
+) -> None:
+    """Publish a prepared folder as the next version, whole or not at all."""
+    from pipeline.release.publish import publish as publish_folder
+
+    info = publish_folder(folder, destination)
+    print(f"made release {info.url}")
+
+
+@app.command()
+def report(batch_file: BatchFile, output: Output = None) -> None:
+    """Write the report of a finished batch again."""
+    from pipeline.plan import make_plan
+    from pipeline.release.publish import resolve
+    from pipeline.report import summary, write_report
+    from pipeline.store import Store
+
+    batch = _load(batch_file, output)
+    made, store = make_plan(batch), Store(batch.store_url)
+    todo = made.todo(store)
+    if todo:
+        raise ValueError(
+            f"{batch_file}: {len(todo)} stages are not done, first {todo[0].kind} {todo[0].name}; run it first"
+        )
+    release = resolve(batch.release_url)
+    folder = Path(batch.output_path)
+    (folder / "summary.json").write_text(json.dumps(summary(made, store, release), indent=1))
+    write_report(made, store, release, folder / "report.html")
+    print(f"made {folder / 'report.html'} and {folder / 'summary.json'}")
+
+
+@app.command()
+def verify(
+    release: Annotated[str, typer.Argument(help="Release, or folder or URL of releases (then the latest).")],
+) -> None:
+    """Recompute all sums of a release; exit code 1 when a file is missing, changed or extra."""
+    from pipeline.release.publish import verify as verify_release
+
+    problems = verify_release(release)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{release}: {'whole, all sums agree' if not problems else f'{len(problems)} problems'}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _print_summary(figures: dict) -> None:
+    print(json.dumps(figures.get("overall", {}), indent=1))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's mistake is a message and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or ''}: {error.strerror}; nothing half-written was kept", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

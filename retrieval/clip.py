@@ -1,0 +1,97 @@
+"""CLIP features by open_clip, as unit vectors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """An open_clip model in evaluation mode, with its tokenizer and image transform."""
+
+    name: str
+    model: torch.nn.Module
+    tokenize: Callable[[list[str]], torch.Tensor]
+    transform: Callable[[Image.Image], torch.Tensor]
+    device: torch.device
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the weights (sha256 of names, types, shapes and bytes); what a hub name stands for may change."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return total.hexdigest()
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str], batch_size: int = 256) -> np.ndarray:
+        """Encode texts as (n, d) float32 rows of unit length."""
+        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+        return self._unit_rows(self.model.encode_text(self.tokenize(batch).to(self.device)) for batch in batches)
+
+    @torch.inference_mode()
+    def encode_images(self, images: list[Image.Image], batch_size: int = 64) -> np.ndarray:
+        """Encode images as (n, d) float32 rows of unit length."""
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        return self._unit_rows(
+            self.model.encode_image(
+                torch.stack([self.transform(image.convert("RGB")) for image in batch]).to(self.device)
+            )
+            for batch in batches
+        )
+
+    def _unit_rows(self, batches) -> np.ndarray:
+        rows = [torch.nn.functional.normalize(batch.float(), dim=-1).cpu() for batch in batches]
+        if not rows:
+            raise ValueError("nothing to encode: the list is empty")
+        return torch.cat(rows).numpy()
+
+
+def load_clip(model: str) -> ClipModel:
+    """Load a CLIP model, on CUDA when there is one.
+
+    Args:
+        model: an open_clip name and pretrained tag ("ViT-B-32/laion2b_s34b_b79k"), a hub name ("hf-hub:…"), or a local
+            directory with `open_clip_config.json` and a .safetensors file.
+
+    Raises:
+        ValueError: the name is unknown, or the directory lacks one of the two files.
+    """
+    if Path(model).is_dir():
+        folder = Path(model)
+        # Only safetensors: open_clip would also take .bin and .pth files from the folder, which are pickles.
+        if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
+            found = sorted(path.name for path in folder.iterdir())
+            raise ValueError(
+                f"CLIP directory {model} needs open_clip_config.json and a .safetensors file; found {found}"
+            )
+        name, tag = f"local-dir:{folder}", None
+    elif model.startswith("hf-hub:"):
+        name, tag = model, None
+    else:
+        name, _, tag = model.partition("/")
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if tag not in known:
+            choices = f"its pretrained tags are {known}" if known else "open_clip does not know that name"
+            raise ValueError(
+                f"CLIP model {model!r}: {choices}. Give <name>/<pretrained tag>, hf-hub:<name>, or a local directory."
+            )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        network, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=tag, device=device, require_pretrained=True
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except RuntimeError as error:  # what open_clip raises for weights it cannot find, fetch or fit
+        raise ValueError(f"CLIP model {model!r} could not be loaded: {error}") from error
+    return ClipModel(model, network.eval().requires_grad_(False), tokenizer, transform, device)

@@ -1,0 +1,125 @@
+"""The captions nearest to a class prompt, each thing once."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import urldefrag
+
+import numpy as np
+import pyarrow as pa
+
+from retrieval.clip import ClipModel
+from retrieval.index import read_header, read_rows, search
+
+CANDIDATES = pa.schema(
+    [("url", pa.string()), ("caption", pa.string()), ("similarity", pa.float32()), ("sha256", pa.string())]
+)
+"""Columns of a candidate table; `sha256` is null where the corpus pins no hash."""
+
+HITS_AT_ONCE = 4_000_000
+"""Neighbours of one search, over all its queries, that bound its memory (12 bytes each, several copies)."""
+
+
+def candidates(
+    index_dir: Path,
+    clip: ClipModel,
+    class_prompt: str,
+    count: int,
+    *,
+    max_nsfw: float | None = None,
+    blocked_sha256: Collection[str] = (),
+) -> pa.Table:
+    """Choose the images whose caption is nearest to one class prompt; see `candidates_by_class`."""
+    options = {"max_nsfw": max_nsfw, "blocked_sha256": blocked_sha256}
+    return candidates_by_class(index_dir, clip, [class_prompt], count, **options)[0]
+
+
+def candidates_by_class(
+    index_dir: Path,
+    clip: ClipModel,
+    class_prompts: list[str],
+    count: int,
+    *,
+    max_nsfw: float | None = None,
+    blocked_sha256: Collection[str] = (),
+) -> list[pa.Table]:
+    """Choose, for each class prompt, the images whose caption is nearest to it; all prompts are one search.
+
+    Args:
+        index_dir: an index directory.
+        clip: the model the captions were encoded with.
+        class_prompts: such as "cat".
+        count: candidates of each class; fewer only when the corpus is used up.
+        max_nsfw: leave out rows above this probability, and rows without one.
+        blocked_sha256: leave out images pinned to one of these hashes.
+
+    Returns:
+        Tables of `CANDIDATES`, most similar first, equal ones in the order of the corpus. Of equal urls (but for the
+        fragment) and of equal captions (Unicode NFKC, case folded, anything but letters and digits taken as one space)
+        the nearest is kept.
+
+    Raises:
+        ValueError: the index was made with another model.
+    """
+    header = read_header(index_dir)
+    if header["model"] not in (None, clip.digest):
+        raise ValueError(
+            f"the index in {index_dir} was encoded with another CLIP model than {clip.name}; build it again"
+        )
+    queries = clip.encode_text(class_prompts)
+    return nearest(index_dir, queries, count, max_nsfw=max_nsfw, blocked_sha256=blocked_sha256)
+
+
+def nearest(
+    index_dir: Path,
+    queries: np.ndarray,
+    count: int,
+    *,
+    max_nsfw: float | None = None,
+    blocked_sha256: Collection[str] = (),
+) -> list[pa.Table]:
+    """Choose candidates for queries given as (q, d) float32 rows of unit length; see `candidates_by_class`."""
+    total = read_header(index_dir)["rows"]
+    chosen: list[pa.Table | None] = [None] * len(queries)
+    depth = min(total, max(4 * count, 64))
+    while pending := [number for number, table in enumerate(chosen) if table is None]:
+        group = max(1, HITS_AT_ONCE // depth)
+        for start in range(0, len(pending), group):
+            numbers = pending[start : start + group]
+            scores, rows = search(index_dir, queries[numbers], depth)
+            known, place = np.unique(rows, return_inverse=True)
+            table = read_rows(index_dir, known)
+            for number, query_scores, places in zip(numbers, scores, place.reshape(rows.shape), strict=True):
+                # A row with the last score may have equals that were cut off: only a deeper search orders those.
+                safe = len(places) if depth == total else int(np.sum(query_scores > query_scores[-1]))
+                hits = table.take(pa.array(places[:safe]))
+                kept = _first_of_each(hits, count, max_nsfw, frozenset(blocked_sha256))
+                if len(kept) == count or depth == total:
+                    hits = hits.append_column("similarity", pa.array(query_scores[:safe], pa.float32()))
+                    chosen[number] = hits.take(pa.array(kept, pa.int64())).select(CANDIDATES.names)
+        depth = min(total, 4 * depth)
+    return chosen
+
+
+def _first_of_each(hits: pa.Table, count: int, max_nsfw: float | None, blocked: frozenset[str]) -> list[int]:
+    """Row numbers of the first `count` hits that are allowed and say something new."""
+    kept, seen = [], set()
+    columns = (hits.column(name).to_pylist() for name in ("url", "caption", "nsfw", "sha256"))
+    for number, (url, caption, nsfw, sha256) in enumerate(zip(*columns, strict=True)):
+        if (max_nsfw is not None and (nsfw is None or nsfw > max_nsfw)) or sha256 in blocked:
+            continue
+        marks = {("url", urldefrag(url).url), ("caption", normalise_caption(caption))}
+        if seen.isdisjoint(marks):
+            seen |= marks
+            kept.append(number)
+            if len(kept) == count:
+                break
+    return kept
+
+
+def normalise_caption(caption: str) -> str:
+    """Reduce a caption to what it says: Unicode NFKC, case folded, anything but letters and digits as one space."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", caption).casefold()).strip()

@@ -1,0 +1,236 @@
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.release import publish as module
+from pipeline.release.publish import publish, resolve, verify
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A folder to publish, with given text in one of its files."""
+
+    def folder(text: str = "one") -> Path:
+        path = tmp_path / f"prepared-{text}"
+        (path / "comfyui").mkdir(parents=True, exist_ok=True)
+        (path / "README.md").write_text(text)
+        (path / "comfyui" / "<new1>.safetensors").write_bytes(b"weights" * 1000)
+        return path
+
+    return folder
+
+
+@pytest.fixture(params=["local", "memory"])
+def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "releases")
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    return "memory://models/cats"
+
+
+def names(destination: str) -> list[str]:
+    fs, root = fsspec.core.url_to_fs(destination)
+    return sorted(Path(p).name for p in fs.ls(root, detail=False)) if fs.exists(root) else []
+
+
+def test_versions_are_numbered_and_latest_follows(make: Make, destination: str) -> None:
+    first = publish(make("one"), destination, {"batch": "cats"})
+    assert (first.version, first.url, first.created) == ("v0001", f"{destination}/v0001", True)
+    second = publish(make("two"), destination + "/")
+    assert second.url == f"{destination}/v0002"
+    assert resolve(destination) == second.url
+    assert resolve(first.url) == first.url
+    assert names(destination) == ["latest.json", "v0001", "v0002"]
+    assert verify(destination) == verify(first.url) == verify(second.url) == []
+    fs, root = fsspec.core.url_to_fs(first.url)
+    manifest = json.loads(fs.cat_file(f"{root}/manifest.json"))
+    assert manifest == first.manifest
+    assert manifest["provenance"] == {"batch": "cats"}
+    assert manifest["files"]["README.md"]["size"] == 3
+    assert set(manifest["files"]) == {"README.md", "comfyui/<new1>.safetensors"}
+    assert fs.cat_file(f"{root}/comfyui/<new1>.safetensors") == b"weights" * 1000
+
+
+def test_same_content_adds_no_version(make: Make, destination: str, caplog: pytest.LogCaptureFixture) -> None:
+    publish(make("one"), destination)
+    caplog.set_level("INFO")
+    again = publish(make("one"), destination, {"other": "provenance"})
+    assert (again.version, again.created, again.manifest["provenance"]) == ("v0001", False, {})
+    assert "no new version" in caplog.text
+    publish(make("two"), destination)
+    # an older version's content is new again: versions stay in the order they were published in
+    assert publish(make("one"), destination).version == "v0003"
+
+
+def test_same_content_as_a_damaged_version_is_published_again(make: Make, destination: str) -> None:
+    first = publish(make("one"), destination)
+    fs, root = fsspec.core.url_to_fs(first.url)
+    fs.pipe_file(f"{root}/README.md", b"two")
+    assert publish(make("one"), destination).version == "v0002"
+    assert verify(destination) == []
+
+
+def test_verify_finds_what_is_wrong(make: Make, destination: str) -> None:
+    url = publish(make("one"), destination).url
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.pipe_file(f"{root}/README.md", b"One")
+    assert verify(url) == ["README.md: changed: its sha256 sum is another"]
+    fs.pipe_file(f"{root}/README.md", b"longer")
+    assert verify(destination) == ["README.md: changed: 6 bytes instead of 3"]
+    fs.pipe_file(f"{root}/added.txt", b"")
+    fs.rm_file(f"{root}/comfyui/<new1>.safetensors")
+    assert verify(url)[:2] == ["comfyui/<new1>.safetensors: missing", "added.txt: extra, not in the manifest"]
+    manifest = fs.cat_file(f"{root}/manifest.json")
+    fs.pipe_file(f"{root}/manifest.json", manifest.replace(b'"size": 3', b'"size": 6'))
+    assert "does not match its own sum" in verify(url)[0]
+    fs.pipe_file(f"{root}/manifest.json", manifest[:50])
+    assert "damaged" in verify(url)[0]
+    fs.rm_file(f"{root}/manifest.json")
+    assert verify(url) == ["manifest.json: missing; this version was not published whole"]
+
+
+def test_bad_input(make: Make, destination: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to publish"):
+        publish(tmp_path / "absent", destination)
+    with pytest.raises(ValueError, match="not JSON"):
+        publish(make(), destination, {"path": tmp_path})
+    folder = make()
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="rename it"):
+        publish(folder, destination)
+    with pytest.raises(ValueError, match="no release here"):
+        resolve(destination)
+    with pytest.raises(ValueError, match="no such release"):
+        verify(f"{destination}/v0007")
+    assert names(destination) == []
+    (folder / "manifest.json").unlink()
+    publish(folder, destination)
+    fs, root = fsspec.core.url_to_fs(destination)
+    fs.pipe_file(f"{root}/latest.json", b'{"version": "../../etc"}')
+    with pytest.raises(ValueError, match="names no version"):
+        resolve(destination)
+
+
+# --- stopped at every step -----------------------------------------------------------------------------
+
+CHANGES = ("mkdir", "makedirs", "put_file", "pipe_file", "rm_file", "rm")
+STEPS = {
+    LocalFileSystem: CHANGES,
+    MemoryFileSystem: CHANGES,
+    os: ("rename", "replace", "fsync"),
+}
+
+
+class Killed(BaseException):
+    """What no code gets to see: the process is gone."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException, *, dead: bool) -> list[str]:
+    """Let the `step`-th change to a file system fail, a copy half done; every later one too if `dead`."""
+    calls: list[str] = []
+    inside = False
+
+    def wrap(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: object, **kwargs: object) -> object:
+            nonlocal inside
+            if inside:  # one step calls others
+                return original(*args, **kwargs)
+            calls.append(name)
+            inside = True
+            try:
+                # object stores write an object whole or not at all; a disk does not
+                writes = ("put_file", "pipe_file") if owner is LocalFileSystem else ("put_file",)
+                if len(calls) == step + 1 and name in writes:
+                    target = str(args[2] if name == "put_file" else args[1])
+                    args[0].pipe_file(target, b"ha")  # type: ignore[attr-defined]
+                if len(calls) == step + 1 or (dead and len(calls) > step):
+                    raise error
+                return original(*args, **kwargs)
+            finally:
+                inside = False
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    for owner, methods in STEPS.items():
+        for name in methods:
+            wrap(owner, name)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["killed", "disk full", "ctrl-c"])
+def test_stopped_between_any_two_steps(
+    make: Make, destination: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = make("one"), make("two")
+    error = {"killed": Killed(), "disk full": OSError(errno.ENOSPC, "No space"), "ctrl-c": KeyboardInterrupt()}[kind]
+    fs, root = fsspec.core.url_to_fs(destination)
+    step = 0
+    while True:
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
+        publish(old, destination)
+        with monkeypatch.context() as patch:
+            calls = stop_at(patch, step, error, dead=kind == "killed")
+            try:
+                publish(new, destination)
+            except type(error) as raised:
+                assert raised is error
+            else:
+                break
+        # latest names a whole version, and whatever looks like a version to a reader is one
+        latest = resolve(destination)
+        assert verify(latest) == []
+        complete = [n for n in names(destination) if n[0] == "v" and fs.exists(f"{root}/{n}/manifest.json")]
+        for version in complete:
+            assert verify(f"{destination}/{version}") == []
+        if kind != "killed":
+            assert set(names(destination)) <= {"latest.json", *complete}, f"left behind after step {step} {calls}"
+        # and publishing again ends well, in one version more
+        again = publish(new, destination)
+        assert resolve(destination) == again.url
+        assert verify(destination) == []
+        step += 1
+    assert step == len(calls) >= 6, calls
+
+
+def test_two_publishers_get_two_numbers(make: Make, destination: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another publisher takes v0001 after this one has looked."""
+    number, raced = module._next_version, []
+
+    def next_version(fs: fsspec.AbstractFileSystem, root: str) -> int:
+        found = number(fs, root)
+        if not raced:
+            raced.append(True)
+            assert publish(make("two"), destination).version == "v0001"
+        return found
+
+    monkeypatch.setattr(module, "_next_version", next_version)
+    assert publish(make("one"), destination).version == "v0002"
+    assert verify(f"{destination}/v0001") == verify(f"{destination}/v0002") == []
+
+
+def test_a_file_that_changes_while_it_is_published(
+    make: Make, destination: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, copy = make("one"), module._copy
+
+    def changed(*args: object) -> None:
+        (folder / "README.md").write_text("two")
+        copy(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_copy", changed)
+    with pytest.raises(RuntimeError, match=r"README.md: changed"):
+        publish(folder, destination)
+    assert names(destination) == []

@@ -1,0 +1,38 @@
+"""Which attention kernel runs: the one place where devices differ."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+def use_attention(unet: nn.Module, backend: Literal["auto", "xformers", "sdpa"]) -> str:
+    """Switch the UNet to a backend and return its name. `auto`: xformers on CUDA where it imports, else SDPA.
+
+    Raises: ValueError for xformers where it cannot run. (The xformers path was never run on a GPU by its authors.)
+    """
+    on_cuda = next(unet.parameters()).device.type == "cuda"
+    installed = importlib.util.find_spec("xformers") is not None
+    if backend == "auto":
+        backend = "xformers" if on_cuda and installed else "sdpa"
+    if backend == "xformers":
+        if not on_cuda:
+            raise ValueError("attention: xformers needs a CUDA device and has no CPU kernels; use 'sdpa' or 'auto'")
+        if not installed:
+            raise ValueError(
+                "attention: xformers is not installed; run `pip install 'polyconcept[gpu]'`, or use 'sdpa'"
+            )
+        unet.enable_xformers_memory_efficient_attention()
+    else:
+        unet.set_default_attn_processor()  # scaled_dot_product_attention
+    return backend
+
+
+def training_dtype(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
+    """dtype of the frozen model. `auto`: bfloat16 on CUDA, float32 on the CPU."""
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

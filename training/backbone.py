@@ -1,0 +1,289 @@
+"""The frozen text-to-image model: its text K/V layers, its text features, and new tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+RARE_WORDS = ("ktn", "pll", "ucd")
+"""Rarely used tokens that new rows start from, in turn (the Custom Diffusion authors' list begins ktn+pll+ucd)."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Condition of a batch of captions.
+
+    hidden: (B, n, d), what cross-attention reads.
+    pooled: (B, p) of models that want it beside (SDXL), else None.
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def rows(self, index: Sequence[int] | torch.Tensor) -> TextFeatures:
+        index = torch.as_tensor(index)
+        return TextFeatures(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    @staticmethod
+    def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
+        pooled = [p.pooled for p in parts if p.pooled is not None]
+        return TextFeatures(torch.cat([p.hidden for p in parts]), torch.cat(pooled) if pooled else None)
+
+
+class TokenRows(nn.Module):
+    """An embedding table with trainable rows behind its end; the table itself stays as it is.
+
+    Only the new rows are a parameter: with the whole table in the optimizer, weight decay moves every word and its
+    state costs two more tables (a fault of diffusers' train_custom_diffusion.py).
+    """
+
+    def __init__(self, table: nn.Embedding, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.first = table.num_embeddings
+        self.rows = nn.Parameter(rows.clone())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        new = ids >= self.first
+        old = self.table(ids.masked_fill(new, 0))
+        # clamped first: out-of-range indices are masked afterwards
+        rows = self.rows[(ids - self.first).clamp(min=0)].to(old.dtype)
+        return torch.where(new[..., None], rows, old)
+
+
+class Backbone:
+    """A diffusers text-to-image pipeline, frozen, with its parts found by what they are.
+
+    pipe: the loaded pipeline (Stable Diffusion 1.x, 2.x or XL form).
+    layers: name -> Linear, the K and V projections of every cross-attention layer that reads text.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, digest: str) -> None:
+        self.pipe, self.digest = pipe, digest
+        self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
+        self.text_encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+        self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+        for module in (self.unet, self.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+        self.layers = text_kv_layers(self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images the model was trained on, pixels."""
+        return self.unet.config.sample_size * self.factor
+
+    # --- images ---
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """(B, 3, s, s) in [-1, 1] -> scaled latents (B, c, s/f, s/f), sampled from the posterior."""
+        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    # --- text ---
+
+    def encode_text(self, captions: Sequence[str]) -> TextFeatures:
+        """Text features as the pipeline's own `encode_prompt` makes them; with gradients to new token rows."""
+        if len(self.text_encoders) == 1:
+            return TextFeatures(self.text_encoders[0](self._ids(self.tokenizers[0], captions))[0])
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            output = encoder(self._ids(tokenizer, captions), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]  # of the last encoder, the one with a projection
+        return TextFeatures(torch.cat(hidden, -1), pooled)
+
+    def _ids(self, tokenizer, captions: Sequence[str]) -> torch.Tensor:
+        ids = tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        return ids.to(self.device)
+
+    def num_tokens(self, caption: str) -> int:
+        """Positions of a caption that carry it: words and end-of-text, without begin-of-text and padding."""
+        tokenizer = self.tokenizers[0]
+        return len(tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
+
+    def add_tokens(self, tokens: Sequence[str], initializers: Sequence[str | int]) -> list[TokenRows]:
+        """Teach the tokenizers new words, each starting from the embedding of a word of one token; a number takes
+        that one of `RARE_WORDS`, in turn.
+
+        Returns: the trainable rows, one module per text encoder, in the order of `tokens`.
+        Raises: ValueError for a token the tokenizer already knows, or an initialiser of several tokens.
+        """
+        modules = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            table = encoder.get_input_embeddings()
+            rows = []
+            for token, word in zip(tokens, initializers, strict=True):
+                if token in tokenizer.get_vocab() or token + "</w>" in tokenizer.get_vocab():
+                    raise ValueError(f"token {token!r}: the base model's tokenizer knows it already; choose another")
+                rows.append(table.weight[_single_id(tokenizer, word)].detach())
+            if tokenizer.add_tokens(list(tokens)) != len(tokens):
+                raise ValueError(f"tokens {list(tokens)}: the tokenizer took only some of them; choose others")
+            module = TokenRows(table, torch.stack(rows).float())
+            encoder.set_input_embeddings(module)
+            modules.append(module)
+        return modules
+
+    # --- denoising ---
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, text: TextFeatures) -> torch.Tensor:
+        """The model's prediction (noise, or velocity for v-prediction models), shape of `latents`."""
+        added = None
+        if text.pooled is not None:
+            side = latents.shape[-1] * self.factor
+            time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device, dtype=text.pooled.dtype)
+            added = {"text_embeds": text.pooled, "time_ids": time_ids.expand(len(latents), -1)}
+        return self.unet(latents, timesteps, text.hidden, added_cond_kwargs=added).sample
+
+    @contextlib.contextmanager
+    def changed(self, deltas: dict[str, torch.Tensor], tokens: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+        """Inside the block the K/V layers hold W_0 + delta and the tokenizers know the tokens.
+
+        Raises: ValueError when the change names layers this model has not, or leaves some out.
+        """
+        if deltas and set(deltas) != set(self.layers):
+            odd = sorted(set(deltas) ^ set(self.layers))
+            raise ValueError(f"weights do not fit the base model: {len(odd)} layers differ, first {odd[0]!r}")
+        kept = {name: self.layers[name].weight.data for name in deltas}
+        tables = [encoder.get_input_embeddings() for encoder in self.text_encoders]
+        tokenizers = self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)
+        try:
+            for name, delta in deltas.items():
+                self.layers[name].weight.data = (kept[name].double() + delta.to(kept[name].device).double()).to(
+                    self.dtype
+                )
+            if tokens:
+                self._load_tokens(tokens)
+            yield
+        finally:
+            for name, weight in kept.items():
+                self.layers[name].weight.data = weight
+            for encoder, table in zip(self.text_encoders, tables, strict=True):
+                encoder.set_input_embeddings(table)
+            self.pipe.tokenizer = tokenizers[0]
+            if tokenizers[1] is not None:
+                self.pipe.tokenizer_2 = tokenizers[1]
+            self.tokenizers = [t for t in tokenizers if t is not None]
+
+    def copy_tokenizers(self) -> None:
+        """Put copies in the tokenizers' place: a tokenizer cannot forget a word. `changed` puts the originals back."""
+        self.tokenizers = [copy.deepcopy(t) for t in self.tokenizers]
+        self.pipe.tokenizer = self.tokenizers[0]
+        if len(self.tokenizers) == 2:
+            self.pipe.tokenizer_2 = self.tokenizers[1]
+
+    def _load_tokens(self, tokens: dict[str, list[torch.Tensor]]) -> None:
+        self.copy_tokenizers()
+        for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
+            if tokenizer.add_tokens(list(tokens)) != len(tokens):
+                raise ValueError(f"tokens {list(tokens)}: the base model's tokenizer knows some already")
+            rows = torch.stack([rows[i].float() for rows in tokens.values()])
+            encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), rows.to(self.device)))
+
+
+def _single_id(tokenizer, word: str | int) -> int:
+    """Id of a word of one token, or of a piece of a word: the authors' `ktn` is one."""
+    if isinstance(word, int):
+        known = [rare for rare in RARE_WORDS if _ids_of(tokenizer, rare) is not None]
+        if not known:
+            raise ValueError(f"none of {RARE_WORDS} is one token for this base model; give each concept an initializer")
+        word = known[word % len(known)]
+    found = _ids_of(tokenizer, word)
+    if found is None:
+        pieces = tokenizer.tokenize(word)
+        raise ValueError(f"initializer {word!r}: must be one token for this base model, is {len(pieces)}: {pieces}")
+    return found
+
+
+def _ids_of(tokenizer, word: str) -> int | None:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    return ids[0] if len(ids) == 1 else tokenizer.get_vocab().get(word)
+
+
+def text_kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
+    """K and V projections that read text, by module name, in the order of the model.
+
+    Raises: ValueError when the model has none.
+    """
+    layers = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and module.is_cross_attention:
+            layers[f"{name}.to_k"], layers[f"{name}.to_v"] = module.to_k, module.to_v
+    if not layers:
+        raise ValueError(f"the base model ({type(unet).__name__}) has no text cross-attention: nothing to train")
+    return layers
+
+
+def base_digest(path: str | Path) -> str:
+    """Hash of a base model's files (weights, configs, tokenizer): a base is what it holds, not what it is called.
+
+    A hub name is resolved through the local cache, downloading if need be.
+    Raises: ValueError when there is no such model.
+    """
+    folder = _local_model(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        digest.update(str(file.relative_to(folder)).encode())
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _local_model(path: str | Path) -> Path:
+    folder = Path(path)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists() or str(path).startswith((".", "/")):
+        raise ValueError(f"base {str(path)!r}: no diffusers model there (a folder with model_index.json is one)")
+    try:
+        return Path(DiffusionPipeline.download(str(path), use_safetensors=True))
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise ValueError(f"base {str(path)!r}: neither a folder nor to be had from the hub: {error}") from None
+
+
+def load_backbone(
+    path: str | Path, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Backbone:
+    """Load a diffusers model from a folder or a hub name, safetensors only.
+
+    Raises: ValueError when it is missing, has no UNet, or no text cross-attention.
+    """
+    folder = _local_model(path)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
+        raise ValueError(f"base {str(path)!r}: {type(pipe).__name__} has no UNet with a text encoder: nothing to train")
+    pipe.set_progress_bar_config(disable=True)
+    return Backbone(pipe.to(device or default_device()), base_digest(path))
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,105 @@
+"""What the frozen parts make of the data, computed once and kept: latents of views, and regularisation captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training.augment import View, plain_view, random_view
+from training.backbone import Backbone, TextFeatures
+from training.checkpoint import load_tensors, save_tensors
+
+ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ConceptFeatures:
+    """Latents of one concept's augmented views.
+
+    latents: (V, c, h, w) float32. masks: (V, 1, h, w) float32. words: V size words, mostly empty.
+    """
+
+    latents: torch.Tensor
+    masks: torch.Tensor
+    words: list[str]
+
+    def save(self, path: Path) -> None:
+        save_tensors(path, {"latents": self.latents, "masks": self.masks}, {"words": json.dumps(self.words)})
+
+    @classmethod
+    def load(cls, path: Path) -> ConceptFeatures:
+        tensors, metadata = load_tensors(path)
+        return cls(tensors["latents"], tensors["masks"], json.loads(metadata["words"]))
+
+
+@dataclass(frozen=True)
+class RegularizationFeatures:
+    """Latents (R, c, h, w) float32 of regularisation images, and their captions."""
+
+    latents: torch.Tensor
+    captions: list[str]
+
+    def save(self, path: Path) -> None:
+        save_tensors(path, {"latents": self.latents}, {"captions": json.dumps(self.captions)})
+
+    @classmethod
+    def load(cls, path: Path) -> RegularizationFeatures:
+        tensors, metadata = load_tensors(path)
+        return cls(tensors["latents"], json.loads(metadata["captions"]))
+
+
+def concept_features(
+    backbone: Backbone, images: Sequence[Image.Image], digests: Sequence[str], *, views: int, augment: bool, seed: int
+) -> ConceptFeatures:
+    """Encode `views` augmented views of each image (one plain view when not augmenting).
+
+    A view depends on the image's own content hash, its number and the seed, not on its neighbours: adding an image
+    to a concept changes no other image's views.
+    """
+    made: list[View] = []
+    for image, digest in zip(images, digests, strict=True):
+        if not augment:
+            made.append(plain_view(image, backbone.resolution, backbone.factor))
+            continue
+        for number in range(views):
+            rng = np.random.default_rng([seed, number, int(digest[:15], 16)])
+            made.append(random_view(image, backbone.resolution, backbone.factor, rng))
+    pixels = torch.stack([v.pixels for v in made])
+    key = hashlib.sha256("".join(digests).encode()).hexdigest()
+    latents = _encode(backbone, pixels, int(key[:15], 16) ^ seed)
+    return ConceptFeatures(latents, torch.stack([v.mask for v in made]), [v.words for v in made])
+
+
+def regularization_features(
+    backbone: Backbone, samples: Iterable[tuple[Image.Image, str]], *, seed: int
+) -> RegularizationFeatures:
+    """Encode regularisation images (RGB, cut to the centre square) and keep their captions."""
+    pixels, captions = [], []
+    for image, caption in samples:
+        pixels.append(plain_view(image, backbone.resolution, backbone.factor).pixels)
+        captions.append(caption)
+    return RegularizationFeatures(_encode(backbone, torch.stack(pixels), seed), captions)
+
+
+def _encode(backbone: Backbone, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [backbone.encode_images(batch, generator).float().cpu() for batch in pixels.split(ENCODE_BATCH)]
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def text_features(backbone: Backbone, captions: Sequence[str], batch_size: int = 64) -> TextFeatures:
+    """Text features of many captions (see `TextFeatures`), kept on the CPU."""
+    parts = []
+    for start in range(0, len(captions), batch_size):
+        text = backbone.encode_text(captions[start : start + batch_size])
+        pooled = None if text.pooled is None else text.pooled.cpu()
+        parts.append(TextFeatures(text.hidden.cpu(), pooled))
+    return TextFeatures.cat(parts)
