@@ -15,7 +15,7 @@ from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key
 from retrieval.clip import clip_digest
 from retrieval.corpus import corpus_digest
-from training.backbone import base_digest
+from training.backbone import base_digest, base_resolution
 from training.images import load_images
 
 VERSIONS = {
@@ -99,6 +99,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     use_regularization = batch.training.regularization == "real"
     retrieval, training = batch.retrieval, batch.training
     index = None
+    blocked, resolution = _lines(retrieval.block_list), base_resolution(batch.base_path)
     clip = {"clip": clip_digest(clip_path(retrieval.clip))}
     if use_regularization:
         index = add(
@@ -123,7 +124,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                     "prompt": prompt,
                     "count": count,
                     "max_nsfw": retrieval.max_nsfw,
-                    "block_list": _lines(retrieval.block_list),
+                    "block_list": blocked,
                 },
                 (index,),
                 {"clip": clip_path(retrieval.clip)},
@@ -135,10 +136,19 @@ def make_plan(batch: ConceptBatch) -> Plan:
                     Stage(
                         "regularization",
                         concept.name,
-                        {"images": retrieval.images, "exclude": images[concept.name].digests},
+                        {
+                            "images": retrieval.images,
+                            "size": resolution,
+                            "exclude": images[concept.name].digests,
+                            "block_list": blocked,
+                        },
                         (candidates,),
-                        {"images": list(concept.images), "base_url": retrieval.base_url, "base": batch.base_path}
-                        | {"local": retrieval.local or retrieval.corpus == "miniature"},
+                        {
+                            "images": list(concept.images),
+                            "base_url": retrieval.base_url,
+                            "local": retrieval.local or retrieval.corpus == "miniature",
+                            "miniature": retrieval.corpus == "miniature",
+                        },
                     )
                 ),
             )

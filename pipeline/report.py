@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from pipeline.plan import Plan, Stage
-from pipeline.stages import measures
+from pipeline.stages import measures, regularization_set
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
 from training.images import load_images
 
 SCORES = {"image": "Image alignment", "text": "Text alignment", "identity": "Identity"}
-CHART = {
+CHART: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters as text: small, and in the reader's own font
     "svg.hashsalt": "polyconcept",
     "font.family": "sans-serif",
@@ -74,8 +74,8 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
         "name": plan.batch.name,
         "release": release,
         "seconds": seconds,
-        "seconds_per_kind": {kind: sum(values.values()) for kind, values in seconds.items()},
-        "seconds_total": sum(sum(values.values()) for values in seconds.values()),
+        "seconds_per_kind": {kind: round(sum(values.values()), 3) for kind, values in seconds.items()},
+        "seconds_total": round(sum(sum(values.values()) for values in seconds.values()), 3),
         "concepts": concepts,
         "overall": _overall(concepts),
         "worst": _worst(concepts),
@@ -91,7 +91,8 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
 def compare(table: pd.DataFrame) -> dict[str, float]:
     """What the models of a `scores.parquet` changed; NaN where it cannot be said.
 
-    All models drew the same prompts from the same seeds, so gains over the base are means of differences image by image:
+    All models drew the same prompts from the same seeds, so gains over the base are means of differences image
+    by image:
 
     <image|identity>_gain_<single|merged>       mean difference to the base
     <image|identity>_gain_<single|merged>_se    the same in standard errors of that mean
@@ -130,7 +131,7 @@ def _figures(stage: Stage, plan: Plan, store: Store) -> dict[str, Any]:
 def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet | None:
     for stage in plan.of("regularization"):
         if stage.name == concept:
-            return RegularizationSet.load(store.path("regularization", stage.key))
+            return regularization_set(store.path("regularization", stage.key))
     return None
 
 
@@ -150,8 +151,10 @@ def _worst(concepts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Comparison -> the concept with the lowest value; of `compression_change_…`, the one farthest from 0."""
     result = {}
     for key, value in next(iter(concepts.values())).items():
+        if not isinstance(value, float):
+            continue
         values = {name: entry[key] for name, entry in concepts.items()}
-        if not isinstance(value, float) or any(math.isnan(v) for v in values.values()):
+        if any(math.isnan(v) for v in values.values()):
             continue
         name = min(values, key=lambda n: -abs(values[n]) if key.startswith("compression") else values[n])
         result[key] = {"concept": name, "value": values[name]}
@@ -159,7 +162,8 @@ def _worst(concepts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _ratio(value: float, by: float) -> float:
-    return float(value / by) if by else math.nan
+    # a spread of 1e-17 is rounding, not a spread
+    return float(value / by) if abs(by) > 1e-12 else math.nan
 
 
 def _finite(value: Any) -> Any:
@@ -182,7 +186,7 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "duration": _duration, "number": _number}
+    environment.filters |= {"size": _size, "duration": _duration, "number": _number, "power": _power}
     names = {
         "base": "Base",
         "single": "Joint" if plan.batch.training.method == "joint" else "Alone",
@@ -197,7 +201,8 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         remarks=_remarks(figures),
         notes=plan.notes,
         base=plan.batch.base,
-        chart=_alignment_chart(figures["concepts"], names),
+        charts=_alignment_charts(figures["concepts"]),
+        colours=COLOURS,
         spec=yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,16 +279,16 @@ def _remarks(figures: dict[str, Any]) -> list[str]:
         gain, ratio = entry["image_gain_merged_se"], entry["text_ratio_merged"]
         if gain is not None and gain < 2:
             remarks.append(
-                f"{name}: the merged model's image alignment is {gain:+.1f} standard errors from the base's: "
+                f"{name}: the merged model’s image alignment is {gain:+.1f} standard errors from the base’s: "
                 "the concept was not clearly learnt."
             )
         if ratio is not None and ratio < 0.9:
             remarks.append(
-                f"{name}: the merged model keeps {ratio:.0%} of the base's text alignment: it follows prompts less."
+                f"{name}: the merged model keeps {ratio:.0%} of the base’s text alignment: it follows prompts less."
             )
         shortfall = entry.get("regularization", {}).get("shortfall")
         if shortfall:
-            remarks.append(f"{name}: {shortfall}.")
+            remarks.append(f"{name}, regularisation: {shortfall}.")
     for name, residual in figures["residuals"]["after"].items():
         if residual > 0.01:
             remarks.append(f"{name}: {residual:.1%} of its change is not met after merging and compression.")
@@ -307,28 +312,28 @@ def _loss_chart(losses: Sequence[float]) -> str:
         return _svg_uri(figure)
 
 
-def _alignment_chart(concepts: Mapping[str, dict[str, Any]], names: Mapping[str, str]) -> str:
-    """Dots with standard errors: a panel per score, a line per concept."""
-    scores = [score for score in SCORES if score in next(iter(concepts.values()))["base"]]
+def _alignment_charts(concepts: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Score -> chart of dots with standard errors, a line per concept."""
+    return {score: _dots(score, concepts) for score in SCORES if score in next(iter(concepts.values()))["base"]}
+
+
+def _dots(score: str, concepts: Mapping[str, dict[str, Any]]) -> str:
     with rc_context(CHART):
-        figure = Figure(figsize=(2.6 * len(scores) + 0.8, 1.3 + 0.42 * len(concepts)), layout="constrained")
-        panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-        for axes, score in zip(panels, scores, strict=True):
-            for offset, (model, colour) in zip((-0.18, 0, 0.18), COLOURS.items(), strict=True):
-                axes.errorbar(
-                    [entry[model][score] for entry in concepts.values()],
-                    np.arange(len(concepts)) + offset,
-                    xerr=[entry[model][f"{score}_se"] for entry in concepts.values()],
-                    fmt="o",
-                    markersize=5,
-                    color=colour,
-                    label=names[model],
-                )
-            axes.set_title(SCORES[score], fontsize=10)
-            axes.set_ylim(len(concepts) - 0.5, -0.5)
-            # `$` would start a formula
-            axes.set_yticks(range(len(concepts)), [name.replace("$", r"\$") for name in concepts])
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure = Figure(figsize=(3.6, 0.7 + 0.42 * len(concepts)), layout="constrained")
+        axes = figure.subplots()
+        for offset, (model, colour) in zip((-0.18, 0, 0.18), COLOURS.items(), strict=True):
+            axes.errorbar(
+                [entry[model][score] for entry in concepts.values()],
+                np.arange(len(concepts)) + offset,
+                xerr=[entry[model][f"{score}_se"] for entry in concepts.values()],
+                fmt="o",
+                markersize=5,
+                color=colour,
+            )
+        axes.set_title(SCORES[score], fontsize=10)
+        axes.set_ylim(len(concepts) - 0.5, -0.5)
+        # `$` would start a formula
+        axes.set_yticks(range(len(concepts)), [name.replace("$", r"\$") for name in concepts])
         return _svg_uri(figure)
 
 
@@ -373,3 +378,11 @@ def _duration(seconds: float) -> str:
 def _number(value: float | None, form: str = ".3f") -> str:
     """Formatted with a real minus; a dash for None."""
     return "–" if value is None else format(value, form).replace("-", "−")
+
+
+def _power(value: float | None) -> str:
+    """4.2e-10 -> `4.2 × 10⁻¹⁰`."""
+    if value is None or value == 0 or 0.01 <= abs(value) < 1000:
+        return _number(value, ".3g")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"

@@ -46,6 +46,11 @@ class Concept(Section):
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_with_placeholder, value))
+
     @field_validator("token")
     @classmethod
     def _token_is_one_word(cls, value: str) -> str:
@@ -151,7 +156,7 @@ class Evaluation(Section):
     @field_validator("prompts")
     @classmethod
     def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_with_placeholder(p) for p in value)
+        return tuple(map(_with_placeholder, value))
 
 
 class Publish(Section):

@@ -1,15 +1,16 @@
-"""What each stage does: plain functions from artifacts to an artifact. `run_stage` finds the inputs and keeps the result."""
+"""What each stage does: plain functions from artifacts to an artifact; `run_stage` finds inputs, keeps results."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,16 +20,17 @@ from PIL import Image
 from pipeline.evaluation.alignment import Judges, scores
 from pipeline.merge.compress import in_half, shared_factors, weighted_factors
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.solve import constraint_of, merge, regularization_rows, report
+from pipeline.merge.solve import Constraint, constraint_of, merge, regularization_rows, report
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
-from pipeline.release.card import write_card
+from pipeline.release.card import CardConcept, write_card
 from pipeline.release.formats import write_formats
 from pipeline.sampling import draw, grid
 from pipeline.store import Store
 from retrieval.clip import load_clip
 from retrieval.corpus import precomputed, read_corpus
 from retrieval.download import download
+from retrieval.images import perceptual_hash
 from retrieval.index import build_index, build_index_from_embeddings
 from retrieval.regularization import RegularizationSet
 from retrieval.select import candidates
@@ -91,16 +93,16 @@ def index(work: Work) -> None:
         write_corpus(Path(corpus), rows, seed=0)
     pairs = precomputed(corpus)
     if pairs:
-        build_index_from_embeddings(pairs, work.out)
+        build_index_from_embeddings(pairs, work.out / "index")
     else:
         clip = load_clip(work.stage.places["clip"])
-        build_index(read_corpus(corpus), clip.encode_text, work.out)
+        build_index(read_corpus(corpus), clip.encode_text, work.out / "index", model=clip.digest)
 
 
 def retrieve(work: Work) -> None:
     params = work.stage.params
     table = candidates(
-        work.input("index"),
+        work.input("index") / "index",
         load_clip(work.stage.places["clip"]),
         params["prompt"],
         params["count"],
@@ -111,21 +113,27 @@ def retrieve(work: Work) -> None:
 
 
 def regularization(work: Work) -> None:
-    places, wanted = work.stage.places, work.stage.params["images"]
-    own = [str(imagehash.phash(image)) for image in load_images(places["images"]).images]
-    table = pq.read_table(work.input("candidates") / "candidates.parquet")
-    base = (
-        json.loads((Path(places["base"]) / "unet" / "config.json").read_text()) if Path(places["base"]).is_dir() else {}
-    )
-    side = max(64, 8 * base.get("sample_size", 64))
-    get = functools.partial(
-        download, table, work.out, count=wanted, image_size=side, local=places["local"], exclude=own
-    )
-    if places["base_url"]:
-        get(base_url=places["base_url"])
-    else:
-        with serve_corpus() as base_url:
-            get(base_url=base_url)
+    places, params = work.stage.places, work.stage.params
+    own = [perceptual_hash(image) for image in load_images(places["images"]).images]
+    with contextlib.ExitStack() as stack:
+        base_url = stack.enter_context(serve_corpus()) if places["miniature"] else places["base_url"] or None
+        found = download(
+            pq.read_table(work.input("candidates") / "candidates.parquet"),
+            work.out / "set",
+            count=params["images"],
+            image_size=params["size"],
+            local=places["local"],
+            base_url=base_url,
+            exclude=own,
+            blocked_sha256=params["block_list"],
+        )
+    if not found.got:
+        raise ValueError(f"no regularisation image could be had: {found.shortfall}")
+
+
+def regularization_set(artifact: Path) -> RegularizationSet:
+    """The set in an artifact of the stage `regularization`."""
+    return RegularizationSet.load(artifact / "set")
 
 
 # --- training ------------------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def features(work: Work) -> None:
     )
     made.save(work.out / "concept.safetensors")
     for path in work.inputs.get("regularization", []):
-        samples = RegularizationSet.load(path)
+        samples = regularization_set(path)
         regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
 
 
@@ -202,7 +210,9 @@ def merge_concepts(work: Work) -> None:
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
     gram = rows.T @ rows
     gram += settings["damping"] * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    constraints, tokens, concepts = [], {}, []
+    constraints: list[Constraint] = []
+    tokens: dict[str, list[torch.Tensor]] = {}
+    concepts: list[dict[str, str]] = []
     for weights in trained:
         constraints += constraint_of(backbone, weights, settings["prompts"])
         tokens |= weights.tokens
@@ -239,7 +249,7 @@ def merge_concepts(work: Work) -> None:
         "form": settings["form"] if len(trained) > 1 else "none",
         "rows": solved.rows,
         "regularization_captions": len(captions),
-        "condition": solved.condition,
+        "condition": solved.condition if math.isfinite(solved.condition) else None,
         "drift": solved.drift,
         "residuals": solved.residuals,
         "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},
@@ -258,7 +268,7 @@ def _captions(sets: list[Path], limit: int, trained: list[ConceptWeights]) -> li
     if not sets:
         words = {c["class_word"] for weights in trained for c in weights.metadata["concepts"]}
         return [form.format(word) for word in sorted(words) for form in ("{}", "photo of a {}", "a {}")]
-    each = [RegularizationSet.load(path).captions() for path in sets]
+    each = [regularization_set(path).captions() for path in sets]
     share = -(-limit // len(each))
     return list(dict.fromkeys(caption for captions in each for caption in captions[:share]))[:limit]
 
@@ -288,6 +298,10 @@ def evaluate(work: Work) -> None:
     seeds = [settings["seed"] + i for i in range(len(prompts))]
     plain = [p.format(class_word) for p in prompts]
     tables = []
+
+    def drawn(before: int, done: int) -> None:
+        work.progress("images", before + done, len(models) * len(prompts))
+
     for number, (model, (deltas, tokens)) in enumerate(models.items()):
         named = plain if model == "base" else [p.format(f"{token} {class_word}") for p in prompts]
         with backbone.changed(deltas, tokens):
@@ -297,7 +311,7 @@ def evaluate(work: Work) -> None:
                 seeds=seeds,
                 steps=settings["steps"],
                 guidance=settings["guidance"],
-                progress=lambda done, n=number: work.progress("images", n * len(prompts) + done, 4 * len(prompts)),
+                progress=functools.partial(drawn, number * len(prompts)),
             )
         values = scores(judges, images, plain, references)
         tables.append(pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}))
@@ -332,31 +346,45 @@ def release(work: Work) -> None:
     params, places = work.stage.params, work.stage.places
     backbone = _backbone(places["base"])
     model = MergedModel.load(work.input("merge") / "merged.safetensors")
-    write_formats(model, backbone.pipe, work.out)
-    evaluated = {}
-    strips = []
-    for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):
-        evaluated[stage.name] = measures(pd.read_parquet(path / "scores.parquet"))
-        strips.append(Image.open(path / "merged.png"))
+    write_formats(model, backbone.pipe, work.out, params["name"])
+    evaluated = {
+        stage.name: measures(pd.read_parquet(path / "scores.parquet"))
+        for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True)
+    }
+    _stacked([path / "merged.png" for path in work.inputs["evaluate"]]).save(work.out / "samples.png")
+    merge_report = json.loads((work.input("merge") / "report.json").read_text())
+    for name, content in (("spec", params["spec"]), ("measures", evaluated), ("merge", merge_report)):
+        (work.out / f"{name}.json").write_text(json.dumps(content, indent=1))
+    cards = [
+        CardConcept(
+            concept["name"],
+            concept["token"],
+            concept["class_word"],
+            merge_report["compressed"]["residuals"][concept["name"]],
+            {f"{score} alignment": evaluated[concept["name"]]["merged"][score] for score in ("text", "image")},
+        )
+        for concept in model.metadata["concepts"]
+    ]
+    write_card(
+        work.out,
+        cards,
+        name=params["name"],
+        base_model=places["base_name"],
+        base_digest=backbone.digest,
+        license=params["license"],
+        grid="samples.png",
+        two_encoders=len(backbone.text_encoders) == 2,
+    )
+
+
+def _stacked(paths: list[Path]) -> Image.Image:
+    strips = [Image.open(path) for path in paths]
     sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    sheet.save(work.out / "samples.png")
-    merge_report = json.loads((work.input("merge") / "report.json").read_text())
-    (work.out / "spec.json").write_text(json.dumps(params["spec"], indent=1))
-    (work.out / "measures.json").write_text(json.dumps(evaluated, indent=1))
-    (work.out / "merge.json").write_text(json.dumps(merge_report, indent=1))
-    write_card(
-        work.out,
-        name=params["name"],
-        base_model=places["base_name"],
-        concepts=model.metadata["concepts"],
-        measures=evaluated,
-        residuals=merge_report["compressed"]["residuals"],
-        license=params["license"],
-    )
+    return sheet
 
 
 FUNCTIONS: dict[str, Callable[[Work], None]] = {

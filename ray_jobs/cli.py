@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -78,9 +78,9 @@ def sample(
     """Draw prompts with a release's merged model, or with one concept's weights."""
     from tqdm import tqdm
 
+    from pipeline.merge.files import load_change
     from pipeline.sampling import draw, grid
     from pipeline.spec import MINIATURE
-    from pipeline.merge.files import load_change
     from training.backbone import load_backbone
 
     deltas, tokens, digest = load_change(weights)
@@ -108,21 +108,19 @@ def merge(
     captions: Annotated[Path, typer.Option(help="Regularisation captions, one a line.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("merged.safetensors"),
     base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
-    form: Annotated[str, typer.Option(help="hard or soft")] = "hard",
+    form: Annotated[Literal["hard", "soft"], typer.Option(help="Constraints met exactly, or as a penalty.")] = "hard",
 ) -> None:
     """Fold concept weights into one low-rank model, without a batch file."""
     from pipeline.merge.files import merge_files
     from pipeline.spec import MINIATURE
 
-    if form not in ("hard", "soft"):
-        raise ValueError(f"--form {form!r}: allowed are 'hard' and 'soft'")
     place = MINIATURE / "model" if base == "miniature" else base
     model, report = merge_files(weights, captions, place, form=form)
     model.save(out)
     worst = max(report.residuals.items(), key=lambda item: item[1])
     print(
-        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, {out.stat().st_size / 1e6:.2f} MB, "
-        f"worst residual {worst[1]:.1e} ({worst[0]}), drift {report.drift:.3f}"
+        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, "
+        f"{out.stat().st_size / 1e6:.2f} MB, worst residual {worst[1]:.1e} ({worst[0]}), drift {report.drift:.3f}"
     )
 
 
@@ -135,7 +133,7 @@ def publish(
     from pipeline.release.publish import publish as publish_folder
 
     info = publish_folder(folder, destination)
-    print(f"made release {info.url}")
+    print(f"{'made release' if info.created else 'the same content is there already as'} {info.url}")
 
 
 @app.command()

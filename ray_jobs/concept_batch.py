@@ -6,6 +6,7 @@ Each stage is one Ray task that waits for its inputs' tasks; without a cluster, 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -55,13 +56,24 @@ def run(batch: ConceptBatch) -> Outcome:
     if plan.todo(store):
         with ray_session():
             _run_stages(plan, store)
-    release = publish(store.path("release", plan.stages[-1].key), batch.release_url)
+    last = plan.stages[-1]
+    release = publish(store.path(last.kind, last.key), batch.release_url, _provenance(plan))
     output = Path(batch.output_path)
     output.mkdir(parents=True, exist_ok=True)
     figures = summary(plan, store, release.url)
     (output / "summary.json").write_text(json.dumps(figures, indent=1))
     write_report(plan, store, release.url, output / "report.html")
     return Outcome(release.url, output / "report.html", figures)
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    """Where a release came from, for its manifest."""
+    packages = ("torch", "diffusers", "transformers", "open_clip_torch", "polyconcept")
+    return {
+        "batch": plan.batch.name,
+        "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 @contextlib.contextmanager
@@ -80,7 +92,6 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-@ray.remote
 class Board:
     """How far each stage is: workers write, the driver reads."""
 
@@ -109,7 +120,7 @@ def _work(stage: Stage, root: str, board: Any, *inputs: str) -> str:
 
 def _run_stages(plan: Plan, store: Store) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
-    board = Board.options(num_cpus=0).remote()
+    board = ray.remote(Board).options(num_cpus=0).remote()
     work = ray.remote(_work)
     refs: dict[str, Any] = {}
     todo = plan.todo(store)

@@ -91,7 +91,7 @@ def checked_opener(rules: Rules) -> urllib.request.OpenerDirector:
     """
     opener = urllib.request.OpenerDirector()
     redirects = urllib.request.HTTPRedirectHandler()
-    redirects.max_redirections = redirects.max_repeats = MAX_REDIRECTS
+    redirects.max_redirections = redirects.max_repeats = MAX_REDIRECTS  # type: ignore[misc]
     for handler in (
         _HTTPHandler(rules),
         _HTTPSHandler(rules),
@@ -129,7 +129,7 @@ def _judge_host(host: str, local: bool) -> tuple[str, str] | None:
 def _resolve(host: str, port: int | None, local: bool) -> list[tuple[str, int]]:
     """Resolve a host; PermissionError unless all its addresses are allowed."""
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [sockaddr[:2] for *_, sockaddr in answers]
+    addresses = [(str(sockaddr[0]), int(sockaddr[1])) for *_, sockaddr in answers]
     for address, _ in addresses:
         if not is_allowed(address.partition("%")[0], local=local):
             raise PermissionError(f"{host} has the address {address}, which is not a public one")
@@ -176,8 +176,8 @@ class _BoundedResponse(http.client.HTTPResponse):
         return b"".join(parts)
 
 
-class _CheckedConnection:
-    """Mixin for the two connection classes of http.client."""
+class _HTTPConnection(http.client.HTTPConnection):
+    """Connects to a checked address, and gives responses that end in time."""
 
     def __init__(self, *args, rules: Rules, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -187,11 +187,12 @@ class _CheckedConnection:
     def connect(self) -> None:
         super().connect()
         # The socket's own timeout is for one read; a server that sends a byte now and then would never meet it.
-        deadline = time.monotonic() + self.timeout
-        timer = threading.Timer(self.timeout, _cut, [self.sock])
+        seconds = self.timeout or 0.0
+        deadline = time.monotonic() + seconds
+        timer = threading.Timer(seconds, _cut, [self.sock])
         timer.daemon = True
         timer.start()
-        self.response_class = functools.partial(
+        self.response_class = functools.partial(  # type: ignore[assignment]
             _BoundedResponse, max_bytes=self._rules.max_bytes, deadline=deadline, timer=timer
         )
 
@@ -201,12 +202,8 @@ def _cut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-class _HTTPConnection(_CheckedConnection, http.client.HTTPConnection):
-    pass
-
-
-class _HTTPSConnection(_CheckedConnection, http.client.HTTPSConnection):
-    pass
+class _HTTPSConnection(_HTTPConnection, http.client.HTTPSConnection):
+    """The same over TLS."""
 
 
 class _HTTPHandler(urllib.request.HTTPHandler):

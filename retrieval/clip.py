@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,7 +20,7 @@ class ClipModel:
     """An open_clip model in evaluation mode, with its tokenizer and image transform."""
 
     name: str
-    model: torch.nn.Module
+    model: Any  # torch.nn.Module, of open_clip's form
     tokenize: Callable[[list[str]], torch.Tensor]
     transform: Callable[[Image.Image], torch.Tensor]
     device: torch.device
@@ -55,6 +56,23 @@ class ClipModel:
         if not rows:
             raise ValueError("nothing to encode: the list is empty")
         return torch.cat(rows).numpy()
+
+
+def clip_digest(model: str) -> str:
+    """What a CLIP model is, without loading it: the hash of a directory's files, else the name itself.
+
+    Raises:
+        ValueError: it looks like a path, and there is no such directory.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if model.startswith((".", "/")):
+            raise ValueError(f"CLIP directory {model}: not there")
+        return model
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return total.hexdigest()
 
 
 def load_clip(model: str) -> ClipModel:

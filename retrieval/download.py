@@ -107,18 +107,19 @@ def download(
 
     Addresses are checked before any request and again at each connection, also after redirects, and the connection goes
     to the very address that was checked, so that a name cannot change its mind in between. What remains: a public
-    server may itself fetch what it likes, and a machine with a public address is asked even when it stands in the user's
+    server may itself fetch what it likes, and a machine with a public address is asked even when it stands in one's
     own network.
 
     Raises:
-        ValueError: `out` is there already, or `count` is not positive.
+        ValueError: `out` is there already, or a number is not positive.
         RuntimeError: img2dataset itself failed.
     """
-    if count < 1:
-        raise ValueError(f"count is {count}; at least one image must be asked for")
-    rows, got, records = candidates.to_pylist(), 0, []
+    for name, value in {"count": count, "image_size": image_size, "processes": processes, "threads": threads}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    rows, got = candidates.to_pylist(), 0
+    records: list[dict] = []
     judge = _Judge(count, exclude, blocked_sha256)
-    base = base_url and base_url.rstrip("/") + "/"
     settings = {
         "local": local,
         "image_size": image_size,
@@ -137,17 +138,17 @@ def download(
             share = max(got, 1) / len(records) if records else 1.0
             size = max(math.ceil(1.5 * (count - got) / share), MIN_ROUND)
             batch = range(len(records), min(len(records) + size, len(rows)))
-            urls = {number: urljoin(base, rows[number]["url"]) if base else rows[number]["url"] for number in batch}
+            urls = {number: _absolute(rows[number]["url"], base_url) for number in batch}
             for number, outcome, jpg in _try_candidates(urls, folder, settings):
                 row = rows[number]
-                if outcome["status"] == "success":
+                if jpg is not None and outcome["status"] == "success":
                     outcome |= judge(jpg, outcome["sha256"], row.get("sha256"))
                 record = {
                     "candidate": number,
                     **{name: row[name] for name in ("url", "caption", "similarity")},
                     **outcome,
                 }
-                if outcome["status"] == "success":
+                if jpg is not None and outcome["status"] == "success":
                     record["key"] = f"{got:09d}"
                     writer.write(_sample(record, jpg))
                     got += 1
@@ -188,6 +189,13 @@ class _Judge:
         self.hashes.append(look)
         self.room -= 1
         return {}
+
+
+def _absolute(url: str, base_url: str | None) -> str:
+    try:
+        return urljoin(base_url.rstrip("/") + "/", url) if base_url else url
+    except ValueError:  # not a url at all, which is said when it is refused
+        return url
 
 
 def _sample(record: dict, jpg: bytes) -> dict:
@@ -251,14 +259,16 @@ def _run_img2dataset(work: Path, rows: int, settings: dict) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches us alone, and its workers can be ended with it
         )
+        late = False
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
+            late = True
             log.warning("img2dataset was ended after %.0f s; what it had not finished counts as lost", seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if process.returncode and not any(work.glob("*_stats.json")):
+    if not late and not any(work.glob("*_stats.json")):
         tail = log_file.read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"img2dataset failed with exit code {process.returncode}:\n{tail}")
+        raise RuntimeError(f"img2dataset made nothing and ended with exit code {process.returncode}:\n{tail}")

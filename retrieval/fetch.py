@@ -1,8 +1,8 @@
 """img2dataset in a process of its own: `python -m retrieval.fetch settings.json`.
 
 A separate process because img2dataset was written to be a command: it imports much, prints, and starts workers. Its
-reader, downloader, writer and distributors are used as they are; ours are the opener its `urlopen` goes through, and the
-resizer, since its own takes truncated images for whole and does not turn images as EXIF says.
+reader, downloader, writer and distributors are used as they are; ours are the opener its `urlopen` goes through, and
+the resizer, since its own takes truncated images for whole and does not turn images as EXIF says.
 """
 
 from __future__ import annotations

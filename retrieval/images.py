@@ -19,7 +19,7 @@ def decode(data: bytes) -> Image.Image:
         ValueError: it is not an image, is broken or truncated, or has more than MAX_PIXELS pixels.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import urldefrag
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +32,10 @@ def candidates(
     blocked_sha256: Collection[str] = (),
 ) -> pa.Table:
     """Choose the images whose caption is nearest to one class prompt; see `candidates_by_class`."""
-    options = {"max_nsfw": max_nsfw, "blocked_sha256": blocked_sha256}
-    return candidates_by_class(index_dir, clip, [class_prompt], count, **options)[0]
+    (table,) = candidates_by_class(
+        index_dir, clip, [class_prompt], count, max_nsfw=max_nsfw, blocked_sha256=blocked_sha256
+    )
+    return table
 
 
 def candidates_by_class(
@@ -106,12 +107,13 @@ def nearest(
 
 def _first_of_each(hits: pa.Table, count: int, max_nsfw: float | None, blocked: frozenset[str]) -> list[int]:
     """Row numbers of the first `count` hits that are allowed and say something new."""
-    kept, seen = [], set()
+    kept: list[int] = []
+    seen: set[tuple[str, str]] = set()
     columns = (hits.column(name).to_pylist() for name in ("url", "caption", "nsfw", "sha256"))
     for number, (url, caption, nsfw, sha256) in enumerate(zip(*columns, strict=True)):
         if (max_nsfw is not None and (nsfw is None or nsfw > max_nsfw)) or sha256 in blocked:
             continue
-        marks = {("url", urldefrag(url).url), ("caption", normalise_caption(caption))}
+        marks = {("url", url.partition("#")[0]), ("caption", normalise_caption(caption))}
         if seen.isdisjoint(marks):
             seen |= marks
             kept.append(number)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 
-def use_attention(unet: nn.Module, backend: Literal["auto", "xformers", "sdpa"]) -> str:
+def use_attention(unet: Any, backend: Literal["auto", "xformers", "sdpa"]) -> str:
     """Switch the UNet to a backend and return its name. `auto`: xformers on CUDA where it imports, else SDPA.
 
     Raises: ValueError for xformers where it cannot run. (The xformers path was never run on a GPU by its authors.)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +257,19 @@ def base_digest(path: str | Path) -> str:
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def base_resolution(path: str | Path) -> int:
+    """Side of the images a base model was trained on, pixels, from its configuration alone.
+
+    Raises: ValueError when it has no UNet.
+    """
+    folder = _local_model(path)
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    except FileNotFoundError as error:
+        raise ValueError(f"base {str(path)!r}: no UNet with text cross-attention in it ({error.filename})") from None
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _local_model(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 MIN_SIDE = 32
 """Images with a shorter side (pixels) are refused."""
@@ -134,7 +134,7 @@ def _read(file: BinaryIO) -> tuple[Image.Image, list[str]]:
         if frames > 1:
             notes.append(f"the first of {frames} frames is used")
         if image.mode.startswith("I;16"):
-            white_is_zero = source.format == "TIFF" and source.tag_v2.get(262) == 0
+            white_is_zero = isinstance(source, TiffImagePlugin.TiffImageFile) and source.tag_v2.get(262) == 0
             image = _eight_bit(image, white_is_zero)
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no agreed white; save it with 8 or 16 bits a channel")
@@ -165,7 +165,7 @@ def _on_white(image: Image.Image) -> tuple[Image.Image, list[str]]:
             if space != kind and (kind, space) != ("GRAY", "RGB"):
                 raise ValueError(f"it is for {space}, the image is {kind}")
             mode = "L" if space == "GRAY" else space
-            image = ImageCms.profileToProfile(image.convert(mode), source, _SRGB, outputMode="RGB")
+            image = ImageCms.profileToProfile(image.convert(mode), source, _SRGB, outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             notes.append(f"the colour profile is ignored: {error}")
     image = image.convert("RGB")

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.miniature import world
+
+CORPUS_VERSION = 1
+"""Raised when the same seed and index make another scene than before."""
 
 BATCH = 10_000
 """Rows written at once: memory does not grow with the corpus."""
@@ -99,7 +103,7 @@ def serve_corpus(dead_share: float = 0.0) -> Iterator[str]:
     class Server(ThreadingHTTPServer):
         request_queue_size = 128  # downloaders connect from dozens of threads at once; the default holds 5
 
-        def handle_error(self, request: object, client_address: object) -> None:
+        def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exception(), ConnectionError):  # a client that gave up is no error
                 super().handle_error(request, client_address)
 

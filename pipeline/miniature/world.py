@@ -9,9 +9,11 @@ the artists.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -181,7 +183,7 @@ def _city(rng, n):
     x, y = _grid(n)
     out = _mix(_jitter(rng, (0.75, 0.72, 0.8), 0.03), (0.93, 0.86, 0.8), y)
     edges = np.linspace(0, 1, 7)
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
+    for left, right in itertools.pairwise(edges):
         top, shade = rng.uniform(0.15, 0.5), rng.uniform(0.3, 0.5)
         inside = (x >= left + 0.01) & (x < right - 0.01) & (y > top)
         windows = (((x - left) * 18) % 1 > 0.5) & (((y - top) * 12) % 1 > 0.55)
@@ -252,7 +254,7 @@ class Scene:
 
 
 @functools.cache
-def _atlas() -> tuple[dict[str, list[str]], Image.Image]:
+def _atlas() -> tuple[dict[str, Any], Image.Image]:
     index = json.loads((ATLAS / "atlas.json").read_text())
     return index, Image.open(ATLAS / "atlas.png").convert("RGBA")
 

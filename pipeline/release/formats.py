@@ -21,9 +21,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya, logging
 from safetensors.torch import load_file
 
@@ -37,11 +37,14 @@ COMFYUI = "comfyui"
 ENCODER_KEYS = ("clip_l", "clip_g")
 """What a textual-inversion file calls the rows of SDXL's two text encoders."""
 
+Pipeline = Any
+"""A loaded diffusers `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; diffusers has no types."""
+
 PT = {"format": "pt"}
 ADAPTER = "polyconcept_check"
 
 
-def write_formats(merged: MergedModel, pipe: DiffusionPipeline, folder: Path, name: str = "concepts") -> list[Path]:
+def write_formats(merged: MergedModel, pipe: Pipeline, folder: Path, name: str = "concepts") -> list[Path]:
     """Write every format into `folder`, and check each by loading it back over the base.
 
     Args:
@@ -68,9 +71,11 @@ def write_formats(merged: MergedModel, pipe: DiffusionPipeline, folder: Path, na
     ]
 
 
-def check_fits(merged: MergedModel, pipe: DiffusionPipeline) -> None:
+def check_fits(merged: MergedModel, pipe: Pipeline) -> None:
     """Raise ValueError unless every layer and token row of `merged` has its place in the untouched base."""
     encoders = _encoders(pipe)
+    if not merged.layers:
+        raise ValueError("the merged model changes no layer; nothing to write")
     if getattr(pipe.unet, "peft_config", None):
         raise ValueError("the base has adapters loaded: give the untouched base")
     for layer in merged.layers:
@@ -119,7 +124,7 @@ def _quiet() -> Iterator[None]:
 # --- Custom Diffusion ----------------------------------------------------------------------------------
 
 
-def write_custom_diffusion(merged: MergedModel, pipe: DiffusionPipeline, folder: Path) -> Path:
+def write_custom_diffusion(merged: MergedModel, pipe: Pipeline, folder: Path) -> Path:
     """Write the established diffusers Custom Diffusion file: dense W_0 + delta of every text K/V layer, float16.
 
     Keys are those of `unet.save_attn_procs`: `<attention>.processor.to_k_custom_diffusion.weight`. Self-attention has
@@ -147,7 +152,7 @@ def write_custom_diffusion(merged: MergedModel, pipe: DiffusionPipeline, folder:
 
 
 @_quiet()
-def _check_custom_diffusion(pipe: DiffusionPipeline, path: Path, expected: dict[str, torch.Tensor]) -> None:
+def _check_custom_diffusion(pipe: Pipeline, path: Path, expected: dict[str, torch.Tensor]) -> None:
     before = pipe.unet.attn_processors
     try:
         # without `_pipeline` diffusers reads the file and installs nothing (diffusers#9320)
@@ -165,7 +170,7 @@ def _check_custom_diffusion(pipe: DiffusionPipeline, path: Path, expected: dict[
 # --- tokens --------------------------------------------------------------------------------------------
 
 
-def write_tokens(merged: MergedModel, pipe: DiffusionPipeline, folder: Path) -> list[Path]:
+def write_tokens(merged: MergedModel, pipe: Pipeline, folder: Path) -> list[Path]:
     """Write one textual-inversion file per token, named by `token_files`, rows in their own dtype.
 
     One text encoder: the token is the key, the row (width,). Two (SDXL): `clip_l` and `clip_g`, (1, width) each.
@@ -201,7 +206,7 @@ def _rows_by_encoder(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: row[None] for key, row in zip(ENCODER_KEYS, rows, strict=True)}
 
 
-def _check_tokens(merged: MergedModel, pipe: DiffusionPipeline, paths: list[Path]) -> None:
+def _check_tokens(merged: MergedModel, pipe: Pipeline, paths: list[Path]) -> None:
     # on copies: diffusers' unloading does not put a tokenizer back exactly as it was
     for index, pair in enumerate(_encoders(pipe)):
         tokenizer, encoder = copy.deepcopy(pair)
@@ -223,7 +228,7 @@ def _check_tokens(merged: MergedModel, pipe: DiffusionPipeline, paths: list[Path
                 raise RuntimeError(f"{path}: the row of {token!r} did not arrive when diffusers loaded the file")
 
 
-def _encoders(pipe: DiffusionPipeline) -> list[tuple]:
+def _encoders(pipe: Pipeline) -> list[tuple]:
     """(tokenizer, text encoder) pairs of the pipeline: one, or SDXL's two."""
     components = pipe.components
     pairs = [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")]
@@ -233,7 +238,7 @@ def _encoders(pipe: DiffusionPipeline) -> list[tuple]:
 # --- LoRA ----------------------------------------------------------------------------------------------
 
 
-def write_lora(merged: MergedModel, pipe: DiffusionPipeline, folder: Path) -> Path:
+def write_lora(merged: MergedModel, pipe: Pipeline, folder: Path) -> Path:
     """Write the LoRA that `pipe.load_lora_weights(folder)` takes: lora_B = left (out, r), lora_A = right (r, d).
 
     The scale is 1 and nothing is lost: a merged model is a LoRA by nature. The right factor is repeated for each layer.
@@ -246,7 +251,7 @@ def write_lora(merged: MergedModel, pipe: DiffusionPipeline, folder: Path) -> Pa
     return path
 
 
-def write_comfyui(merged: MergedModel, pipe: DiffusionPipeline, folder: Path, name: str = "concepts") -> list[Path]:
+def write_comfyui(merged: MergedModel, pipe: Pipeline, folder: Path, name: str = "concepts") -> list[Path]:
     """Write what ComfyUI and the A1111 family read.
 
     `comfyui/<name>.safetensors` is the LoRA in kohya's names (`lora_unet_…_to_k.lora_down.weight`);
@@ -315,7 +320,7 @@ def _lora_config(merged: MergedModel) -> dict:
 
 
 @_quiet()
-def _check_lora(merged: MergedModel, pipe: DiffusionPipeline, path: Path) -> None:
+def _check_lora(merged: MergedModel, pipe: Pipeline, path: Path) -> None:
     arrived = {}
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)

@@ -57,7 +57,8 @@ def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = 
     Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
 
     Args:
-        folder: what to publish, with its sub-folders.
+        folder: what to publish, with its sub-folders; without its own `manifest.json` if it has one, as artifacts of
+            the store do: the release gets another.
         destination: local folder or fsspec URL (`s3://bucket/models/cats`).
         provenance: JSON values kept in the manifest: where the content came from.
 
@@ -66,14 +67,14 @@ def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = 
         OSError: what the file system says (a full disk); what was half-written is removed.
         RuntimeError: what was written is not what was to be.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     if not paths:
         raise ValueError(f"{folder}: no folder with files in it; nothing to publish")
-    for name in (MANIFEST, LATEST, CLAIM):
+    for name in (LATEST, CLAIM):
         if (folder / name).exists():
             raise ValueError(f"{folder / name}: publishing writes a file of this name itself; rename it")
     files = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in paths}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": 1,
         "content": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
         "files": files,
@@ -108,10 +109,11 @@ def resolve(destination: str) -> str:
     """
     fs, root = url_to_fs(destination)
     fs.invalidate_cache()
-    if VERSION.fullmatch(posixpath.basename(root)) and not fs.exists(f"{root}/{LATEST}"):
-        if not fs.exists(root):
-            raise ValueError(f"{destination}: no such release")
-        return destination.rstrip("/")
+    if not fs.exists(f"{root}/{LATEST}"):
+        # a version, also one that was downloaded to a folder of another name, or that lost its manifest
+        named = VERSION.fullmatch(posixpath.basename(root)) and fs.exists(root)
+        if named or fs.exists(f"{root}/{MANIFEST}"):
+            return destination.rstrip("/")
     version = _latest(fs, root)
     if version is None:
         raise ValueError(f"{destination}: no release here (no {LATEST})")

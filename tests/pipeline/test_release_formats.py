@@ -114,7 +114,8 @@ assert not ours, ours
 """
 
 
-@pytest.mark.parametrize(("way", "tolerance"), [("LoRA", 2e-4), ("Custom Diffusion", 2e-2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "tolerance"), [("LoRA", 1e-4), ("Custom Diffusion", 5e-3)])
 def test_a_fresh_process_with_diffusers_alone_draws_the_same(
     way: str,
     tolerance: float,
@@ -124,8 +125,8 @@ def test_a_fresh_process_with_diffusers_alone_draws_the_same(
     merged: MergedModel,
     tmp_path: Path,
 ) -> None:
-    """LoRA: float32 rounding. Custom Diffusion: W_0 + delta is rounded to float16 in the file, and its attention
-    is another kernel; through four steps that is under 2 % of the range at the worst pixel."""
+    """Worst pixel, of a range of 1. LoRA: float32 rounding (5e-6 seen). Custom Diffusion: W_0 + delta is rounded to
+    float16 in the file, and its attention is another kernel (4e-4 seen)."""
     card = (release / "README.md").read_text()
     section = card.split(f"### As {'a LoRA' if way == 'LoRA' else 'Custom Diffusion weights'}")[1]
     code = re.search(r"```python\n(.*?)```", section, re.S)[1]
@@ -136,7 +137,6 @@ def test_a_fresh_process_with_diffusers_alone_draws_the_same(
     assert Image.open(downloaded / f"{way.lower().replace(' ', '_')}.png").size == (64, 64)
     image = load_file(out)["image"]
     ours = draw(applied(tiny_base, merged))
-    print("DIFF", way, (image - ours).abs().max(), (image - ours).abs().mean(), (ours - draw(pipe)).abs().mean())
     assert (image - ours).abs().max() < tolerance
     # and the weights matter: the base's picture is far away (the token is no word of its vocabulary)
     assert (ours - draw(pipe)).abs().mean() > 0.05
@@ -228,6 +228,7 @@ def test_another_base_is_refused(pipe: StableDiffusionPipeline, merged: MergedMo
         with pytest.raises(ValueError, match=match):
             write_formats(MergedModel(**parts), pipe, tmp_path)
 
+    refused("changes no layer", left={})
     refused("not in the base", left={"down_blocks.9.to_k": merged.left[layer]})
     refused("trained on another base", left={layer: merged.left[layer][:-1]})
     refused("trained on another base", right={SHARED: merged.right[SHARED][:, :-1]})
@@ -324,7 +325,7 @@ def test_sdxl(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     card = write_card(tmp_path, concepts, name="concepts", base_model="x/y", two_encoders=True).read_text()
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     loop = re.search(r"for token, file in .*?\n\n", code + "\n\n", re.S)[0].split("\nimage")[0]
-    exec(loop, {"pipe": xl, "load_file": load_file, "RELEASE": str(tmp_path)})  # noqa: S102
+    exec(loop, {"pipe": xl, "load_file": load_file, "RELEASE": str(tmp_path)})
     for index, (tokenizer, encoder) in enumerate(
         [(xl.tokenizer, xl.text_encoder), (xl.tokenizer_2, xl.text_encoder_2)]
     ):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def names(destination: str) -> list[str]:
 
 
 def test_versions_are_numbered_and_latest_follows(make: Make, destination: str) -> None:
-    first = publish(make("one"), destination, {"batch": "cats"})
+    folder = make("one")
+    (folder / "manifest.json").write_text("an artifact's own")
+    first = publish(folder, destination, {"batch": "cats"})
     assert (first.version, first.url, first.created) == ("v0001", f"{destination}/v0001", True)
     second = publish(make("two"), destination + "/")
     assert second.url == f"{destination}/v0002"
@@ -59,6 +62,17 @@ def test_versions_are_numbered_and_latest_follows(make: Make, destination: str) 
     assert manifest["files"]["README.md"]["size"] == 3
     assert set(manifest["files"]) == {"README.md", "comfyui/<new1>.safetensors"}
     assert fs.cat_file(f"{root}/comfyui/<new1>.safetensors") == b"weights" * 1000
+
+
+def test_a_downloaded_version_is_verified_where_it_is(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = publish(make(), str(tmp_path / "releases")).url
+    shutil.copytree(url, tmp_path / "downloaded")
+    monkeypatch.chdir(tmp_path / "downloaded")
+    assert verify(".") == []
+    Path("README.md").unlink()
+    assert verify(".") == ["README.md: missing"]
 
 
 def test_same_content_adds_no_version(make: Make, destination: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,15 +119,15 @@ def test_bad_input(make: Make, destination: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON"):
         publish(make(), destination, {"path": tmp_path})
     folder = make()
-    (folder / "manifest.json").write_text("{}")
+    (folder / "latest.json").write_text("{}")
     with pytest.raises(ValueError, match="rename it"):
         publish(folder, destination)
     with pytest.raises(ValueError, match="no release here"):
         resolve(destination)
-    with pytest.raises(ValueError, match="no such release"):
+    with pytest.raises(ValueError, match="no release here"):
         verify(f"{destination}/v0007")
     assert names(destination) == []
-    (folder / "manifest.json").unlink()
+    (folder / "latest.json").unlink()
     publish(folder, destination)
     fs, root = fsspec.core.url_to_fs(destination)
     fs.pipe_file(f"{root}/latest.json", b'{"version": "../../etc"}')

@@ -1,0 +1,56 @@
+"""What several tests share: the shipped miniature, and concepts with their features."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
+
+import pytest
+import torch
+
+from pipeline.miniature import world
+from pipeline.spec import MINIATURE
+from training.backbone import Backbone, load_backbone
+from training.features import concept_features, regularization_features
+from training.loop import TrainingConcept, TrainingSettings
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Backbone:
+    return load_backbone(MINIATURE / "model")
+
+
+@pytest.fixture(scope="session")
+def concepts(backbone: Backbone) -> list[TrainingConcept]:
+    """Two concepts of styles the base never saw, with different numbers of images."""
+    made = []
+    for i, (cls, style, count) in enumerate((("cat", "streamline-emojis", 3), ("turtle", "fxemoji", 4))):
+        images = world.concept_images(cls, style, count, seed=i)
+        digests = [f"{i}{k}" * 20 for k in range(count)]
+        features = concept_features(backbone, images, digests, views=6, augment=True, seed=0)
+        prior = [(image, f"photo of a {cls} {k}") for k, image in enumerate(world.concept_images(cls, "noto", 6, 9))]
+        regularization = regularization_features(backbone, prior, seed=0)
+        made.append(TrainingConcept(cls, f"<new{i + 1}>", i, cls, features, regularization))
+    return made
+
+
+@pytest.fixture
+def settings() -> TrainingSettings:
+    return TrainingSettings(
+        steps=6,
+        batch_size=2,
+        learning_rate=1e-3,
+        token_learning_rate=1e-3,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        prior_weight=1.0,
+        prompt="photo of a {}",
+        seed=0,
+        checkpoint_every=2,
+        sample_every=100,
+    )

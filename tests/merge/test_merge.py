@@ -1,0 +1,176 @@
+"""The merge equals the authors' formula, and reports what it did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.merge.solve import Constraint, constraint_of, merge, regularization_rows, report
+from training.weights import ConceptWeights
+
+D, OUTS = 24, {"a.to_k": 16, "a.to_v": 16, "b.to_k": 40}
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    regularization = normal(300, D)
+    base = {layer: normal(out, D) for layer, out in OUTS.items()}
+    trained = [{layer: base[layer] + 0.1 * normal(out, D) for layer, out in OUTS.items()} for _ in range(3)]
+    rows = [normal(4, D) for _ in range(3)]
+    constraints = [
+        Constraint(f"c{i}", rows[i], {layer: rows[i] @ (w[layer] - base[layer]).T for layer in OUTS})
+        for i, w in enumerate(trained)
+    ]
+    return regularization, base, trained, rows, constraints
+
+
+def naive(regularization, w0, rows, wanted):
+    """Equation 4 as the authors compute it: LU of G, one solve a row, an explicit inverse of the small system."""
+    gram = regularization.T @ regularization
+    lu = scipy.linalg.lu_factor(gram)
+    d = np.stack([scipy.linalg.lu_solve(lu, row) for row in rows])
+    delta = (wanted.T - w0 @ rows.T) @ np.linalg.inv(d @ rows.T)
+    return w0 + delta @ d
+
+
+def test_hard_merge_is_the_authors_formula(problem):
+    regularization, base, trained, rows, constraints = problem
+    model, result = merge(constraints, regularization, base, form="hard", damping=0.0)
+    for layer, w0 in base.items():
+        wanted = torch.cat([rows[i] @ w[layer].T for i, w in enumerate(trained)])
+        expected = naive(regularization.numpy(), w0.numpy(), torch.cat(rows).numpy(), wanted.numpy())
+        left, right = model.factors(layer)
+        merged = (w0 + left @ right).numpy()
+        assert np.abs(merged - expected).max() < 1e-6 * np.abs(expected).max()
+        # W C^T = V, row by row
+        np.testing.assert_allclose(torch.cat(rows).numpy() @ merged.T, wanted.numpy(), rtol=1e-8, atol=1e-8)
+    assert max(result.residuals.values()) < 1e-9 and result.rows == 12
+
+
+def test_hard_merge_is_the_constrained_minimum(problem):
+    """Any other W that meets the constraints moves the regularisation captions more."""
+    regularization, base, _, rows, constraints = problem
+    model, _ = merge(constraints, regularization, base, damping=0.0)
+    left, right = model.factors("a.to_k")
+    change = left @ right
+    kernel = torch.eye(D, dtype=torch.float64) - torch.linalg.pinv(torch.cat(rows)) @ torch.cat(rows)
+    best = (change @ regularization.T).norm()
+    for seed in range(5):
+        other = change + 0.01 * torch.randn(16, D, generator=torch.Generator().manual_seed(seed)).double() @ kernel
+        assert (other @ regularization.T).norm() > best
+
+
+def test_soft_merge_solves_its_normal_equations_and_meets_the_hard_one(problem):
+    regularization, base, trained, rows, constraints = problem
+    C, gram = torch.cat(rows), regularization.T @ regularization
+    mu = 3.0 * gram.diagonal().mean()
+    model, _ = merge(constraints, regularization, base, form="soft", damping=0.0, penalty=3.0)
+    for layer, w0 in base.items():
+        V = torch.cat([rows[i] @ w[layer].T for i, w in enumerate(trained)]).T
+        expected = (w0 @ gram + mu * V @ C) @ torch.linalg.inv(gram + mu * C.T @ C)
+        left, right = model.factors(layer)
+        assert (w0 + left @ right - expected).abs().max() < 1e-6 * expected.abs().max()
+    hard, _ = merge(constraints, regularization, base, damping=0.0)
+    residuals = []
+    for penalty in (1.0, 1e2, 1e4, 1e8):
+        soft, result = merge(constraints, regularization, base, form="soft", damping=0.0, penalty=penalty)
+        residuals.append(max(result.residuals.values()))
+    assert residuals == sorted(residuals, reverse=True)
+    assert (soft.deltas["b.to_k"] - hard.deltas["b.to_k"]).abs().max() < 1e-5 * hard.deltas["b.to_k"].abs().max()
+
+
+def test_factors_share_the_right_side_and_have_rank_s(problem):
+    regularization, base, _, _, constraints = problem
+    model, _ = merge(constraints, regularization, base)
+    assert set(model.right) == {SHARED} and model.right[SHARED].shape == (12, D)
+    assert all(torch.linalg.matrix_rank(delta.double(), rtol=1e-5) <= 12 for delta in model.deltas.values())
+
+
+def test_too_many_rows_and_agreeing_concepts_are_refused(problem):
+    regularization, base, _, _, constraints = problem
+    many = [Constraint(f"n{i}", c.rows + i, c.changes) for i in range(3) for c in constraints]
+    with pytest.raises(ValueError, match=r"36 constraint rows of 9 concepts.*24 wide.*soft"):
+        merge(many, regularization, base)
+    twins = [constraints[0], Constraint("twin", constraints[0].rows, constraints[0].changes)]
+    with pytest.raises(ValueError, match=r"c0, twin are not independent.*soft"):
+        merge(twins, regularization, base)
+    merge(twins, regularization, base, form="soft")
+
+
+def test_lossless_shared_rank_and_smaller_ones(problem):
+    regularization, base, _, _, constraints = problem
+    gram = regularization.T @ regularization
+    model, _ = merge(constraints, regularization, base)
+    same, error = shared_factors(model, gram, 12)
+    assert error < 1e-7
+    for layer in OUTS:
+        torch.testing.assert_close(same.deltas[layer], model.deltas[layer], rtol=1e-5, atol=1e-7)
+    smaller, error = shared_factors(model, gram, 6)
+    root = torch.linalg.cholesky(gram)
+    lost = sum(((smaller.deltas[k] - model.deltas[k]).double() @ root).square().sum() for k in OUTS)
+    kept = sum((model.deltas[k].double() @ root).square().sum() for k in OUTS)
+    assert float((lost / kept).sqrt()) == pytest.approx(error, rel=1e-4)
+    assert 0 < error < 1
+
+
+def test_weighted_budget_beats_bare_singular_values_on_text(problem):
+    """Same bytes, less error on text features than a truncation of the bare weights."""
+    regularization, base, trained, _, _ = problem
+    scaled = regularization * torch.logspace(0, -3, D, dtype=torch.float64)
+    gram = scaled.T @ scaled
+    deltas = {layer: (trained[0][layer] - base[layer]).float() for layer in OUTS}
+    budget = 2 * sum(4 * (out + D) for out in OUTS.values())
+    ours, error = weighted_factors(deltas, gram, max_bytes=budget)
+    assert sum(2 * t.numel() for t in [*ours.left.values(), *ours.right.values()]) <= budget
+    root = torch.linalg.cholesky(gram)
+    total = sum((d.double() @ root).square().sum() for d in deltas.values())
+    plain = 0.0
+    for delta in deltas.values():
+        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        plain += ((delta.double() - (u[:, :4] * s[:4]) @ vh[:4]) @ root).square().sum()
+    assert error < float((plain / total).sqrt())
+    everything, none = weighted_factors(deltas, gram)
+    assert none < 1e-6
+    torch.testing.assert_close(everything.deltas["b.to_k"], deltas["b.to_k"], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="does not hold a single rank"):
+        weighted_factors(deltas, gram, max_bytes=10)
+
+
+def test_half_precision_and_files(problem, tmp_path):
+    regularization, base, _, _, constraints = problem
+    model, _ = merge(constraints, regularization, base)
+    tokens = {"<new1>": [torch.ones(4)], "<a.b>": [torch.zeros(4), torch.ones(2)]}
+    half = in_half(MergedModel(model.left, model.right, tokens, {"base": "x"}))
+    half.save(tmp_path / "m.safetensors")
+    again = MergedModel.load(tmp_path / "m.safetensors")
+    assert again.metadata["base"] == "x" and again.tokens.keys() == tokens.keys()
+    assert [len(rows) for rows in again.tokens.values()] == [1, 2] or [len(r) for r in again.tokens.values()] == [2, 1]
+    assert all(torch.equal(again.deltas[k], half.deltas[k]) for k in OUTS)
+    assert max(report(again, constraints, regularization, base).residuals.values()) < 5e-3
+    with pytest.raises(ValueError, match="holds no concept weights"):
+        ConceptWeights.load(tmp_path / "m.safetensors")
+
+
+def test_constraint_rows_are_the_concepts_positions(backbone):
+    """ "<new1> cat": token, cat, end; "photo of a <new1> cat" adds the same three further on."""
+    row = backbone.text_encoders[0].get_input_embeddings().weight[7].clone()
+    deltas = {name: torch.full_like(layer.weight, 0.01) for name, layer in backbone.layers.items()}
+    described = [{"name": "c", "token": "<new1>", "class_word": "cat"}]
+    weights = ConceptWeights(deltas, {"<new1>": [row]}, {"concepts": described})
+    (constraint,) = constraint_of(backbone, weights, ("{}", "photo of a {}"))
+    assert constraint.rows.shape == (6, 192)
+    with backbone.changed({}, weights.tokens), torch.no_grad():
+        hidden = backbone.encode_text(["<new1> cat", "photo of a <new1> cat"]).hidden
+    torch.testing.assert_close(constraint.rows, torch.cat([hidden[0, 1:4], hidden[1, 4:7]]).double())
+    name, delta = next(iter(deltas.items()))
+    torch.testing.assert_close(constraint.changes[name], constraint.rows @ delta.double().T)
+    assert regularization_rows(backbone, ["a cat", "photo of a dog"]).shape == (3 + 5, 192)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retrieval.clip import ClipModel, load_clip
+
+
+def test_features_are_unit_rows(clip: ClipModel) -> None:
+    text = clip.encode_text(["a cat", "a dog", "a cat"], batch_size=2)
+    images = clip.encode_images([Image.new("L", (50, 40)), Image.new("RGBA", (20, 90), "red")])
+    assert text.shape == (3, 16) and images.shape == (2, 16)
+    assert text.dtype == images.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([text, images]), axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(text[0], text[2], atol=1e-6)
+    assert abs(text[0] - text[1]).max() > 1e-3
+
+
+def test_digest_is_of_the_weights(clip: ClipModel, clip_directory: Path) -> None:
+    again = load_clip(str(clip_directory))
+    assert again.digest == clip.digest
+    again.model.logit_scale.data += 1
+    assert ClipModel(again.name, again.model, again.tokenize, again.transform, again.device).digest != clip.digest
+
+
+def test_directories_without_the_files(clip_directory: Path, tmp_path: Path) -> None:
+    shutil.copy(clip_directory / "open_clip_config.json", tmp_path)
+    (tmp_path / "open_clip_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ValueError, match=r"needs open_clip_config.json and a .safetensors file; found .*model\.bin"):
+        load_clip(str(tmp_path))
+
+
+def test_unknown_names_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"its pretrained tags are .*laion2b_s34b_b79k"):
+        load_clip("ViT-B-32/laion")
+    with pytest.raises(ValueError, match="open_clip does not know that name"):
+        load_clip("ViT-B-31/laion2b_s34b_b79k")
