@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.plan import Plan, Stage
-from training.backbone import text_kv_layers
+from training.backbone import local_model, text_kv_layers
 
 REACHED = 0.35
 """Share of the matrix product's speed that UNet and autoencoder reach, measured on 2 CPU cores with the miniature."""
@@ -42,7 +42,7 @@ class _Model:
 
 def estimates(plan: Plan) -> dict[str, Estimate]:
     """Stage key -> estimate, for each stage of the plan."""
-    model, speed = _measure(Path(plan.batch.base_path)), _device_speed()
+    model, speed = _measure(local_model(plan.batch.base_path)), _device_speed()
     return {stage.key: _estimate(stage, plan, model, speed) for stage in plan}
 
 

@@ -15,7 +15,7 @@ from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key
 from retrieval.clip import clip_digest
 from retrieval.corpus import corpus_digest
-from training.backbone import base_digest, base_resolution
+from training.backbone import base_digest, check_base
 from training.images import load_images
 
 VERSIONS = {
@@ -76,6 +76,11 @@ def make_plan(batch: ConceptBatch) -> Plan:
 
     Raises: ValueError naming what is missing or cannot be used.
     """
+    resolution = check_base(
+        batch.base_path,
+        [c.token for c in batch.concepts],
+        [c.initializer or i for i, c in enumerate(batch.concepts)],
+    )
     base = {"base": base_digest(batch.base_path)}
     notes: list[str] = []
     stages: list[Stage] = []
@@ -99,7 +104,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     use_regularization = batch.training.regularization == "real"
     retrieval, training = batch.retrieval, batch.training
     index = None
-    blocked, resolution = _lines(retrieval.block_list), base_resolution(batch.base_path)
+    blocked = _lines(retrieval.block_list)
     clip = {"clip": clip_digest(clip_path(retrieval.clip))}
     if use_regularization:
         index = add(

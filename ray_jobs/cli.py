@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -173,8 +173,22 @@ def verify(
         raise typer.Exit(1)
 
 
-def _print_summary(figures: dict) -> None:
-    print(json.dumps(figures.get("overall", {}), indent=1))
+def _print_summary(figures: dict[str, Any]) -> None:
+    """A line per concept: alignment of base, single and merged model."""
+    judge = "identity" if "identity_gain_merged" in figures["overall"] else "image"
+    print(f"\n{'concept':24} {judge + ' alignment':^32} {'text alignment':^26}")
+    print(f"{'':24} {'base':>8} {'single':>8} {'merged':>8} {'gain/se':>7} {'base':>8} {'single':>8} {'merged':>8}")
+    for name, concept in figures["concepts"].items():
+        values = [
+            f"{concept[model][score]:8.3f}" for score in (judge, "text") for model in ("base", "single", "merged")
+        ]
+        gain = f"{concept[f'{judge}_gain_merged_se'] or 0:7.1f}"
+        print(f"{name[:24]:24} {' '.join(values[:3])} {gain} {' '.join(values[3:])}")
+    sizes = figures["bytes"]
+    print(
+        f"\n{sizes['concepts'] / 1e6:.2f} MB of concept weights became {sizes['merged'] / 1e6:.2f} MB; "
+        f"worst constraint residual {max(figures['residuals']['after'].values()):.1e}; {figures['seconds_total']:.0f} s of stages\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,9 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's for Ctrl-C
+            print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
+        raise
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -54,8 +54,11 @@ def run(batch: ConceptBatch) -> Outcome:
     store = Store(batch.store_url)
     store.sweep()
     if plan.todo(store):
-        with ray_session():
-            _run_stages(plan, store)
+        try:
+            with ray_session():
+                _run_stages(plan, store)
+        finally:
+            store.sweep()
     last = plan.stages[-1]
     release = publish(store.path(last.kind, last.key), batch.release_url, _provenance(plan))
     output = Path(batch.output_path)
@@ -63,6 +66,9 @@ def run(batch: ConceptBatch) -> Outcome:
     figures = summary(plan, store, release.url)
     (output / "summary.json").write_text(json.dumps(figures, indent=1))
     write_report(plan, store, release.url, output / "report.html")
+    for name, concept in figures["concepts"].items():
+        if shortfall := concept.get("regularization", {}).get("shortfall"):
+            print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
     return Outcome(release.url, output / "report.html", figures)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from transformers import AutoTokenizer
 
 RARE_WORDS = ("ktn", "pll", "ucd")
 """Rarely used tokens that new rows start from, in turn (the Custom Diffusion authors' list begins ktn+pll+ucd)."""
@@ -144,8 +145,7 @@ class Backbone:
             table = encoder.get_input_embeddings()
             rows = []
             for token, word in zip(tokens, initializers, strict=True):
-                if token in tokenizer.get_vocab() or token + "</w>" in tokenizer.get_vocab():
-                    raise ValueError(f"token {token!r}: the base model's tokenizer knows it already; choose another")
+                _check_new(tokenizer, token)
                 rows.append(table.weight[_single_id(tokenizer, word)].detach())
             if tokenizer.add_tokens(list(tokens)) != len(tokens):
                 raise ValueError(f"tokens {list(tokens)}: the tokenizer took only some of them; choose others")
@@ -211,6 +211,33 @@ class Backbone:
             encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), rows.to(self.device)))
 
 
+def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int]) -> int:
+    """Look at a base model's configurations and tokenizers, without its weights: can these tokens be taught to it?
+
+    Returns: the side of the images it was trained on, pixels.
+    Raises: ValueError when it has no text cross-attention, knows a token, or an initialiser is not one token.
+    """
+    folder = local_model(path)
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    except FileNotFoundError as error:
+        raise ValueError(f"base {str(path)!r}: no UNet with text cross-attention in it ({error.filename})") from None
+    with torch.device("meta"):
+        text_kv_layers(UNet2DConditionModel.from_config(unet))
+    for name in ("tokenizer", "tokenizer_2"):
+        if (folder / name).is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(folder / name)
+            for token, word in zip(tokens, initializers, strict=True):
+                _check_new(tokenizer, token)
+                _single_id(tokenizer, word)
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _check_new(tokenizer, token: str) -> None:
+    if token in tokenizer.get_vocab() or token + "</w>" in tokenizer.get_vocab():
+        raise ValueError(f"token {token!r}: the base model's tokenizer knows it already; choose another")
+
+
 def _single_id(tokenizer, word: str | int) -> int:
     """Id of a word of one token, or of a piece of a word: the authors' `ktn` is one."""
     if isinstance(word, int):
@@ -250,7 +277,7 @@ def base_digest(path: str | Path) -> str:
     A hub name is resolved through the local cache, downloading if need be.
     Raises: ValueError when there is no such model.
     """
-    folder = _local_model(path)
+    folder = local_model(path)
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         digest.update(str(file.relative_to(folder)).encode())
@@ -259,20 +286,11 @@ def base_digest(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_resolution(path: str | Path) -> int:
-    """Side of the images a base model was trained on, pixels, from its configuration alone.
+def local_model(path: str | Path) -> Path:
+    """Folder of a diffusers model: the path itself, or the hub's copy in the local cache, downloaded if need be.
 
-    Raises: ValueError when it has no UNet.
+    Raises: ValueError when there is no such model.
     """
-    folder = _local_model(path)
-    try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    except FileNotFoundError as error:
-        raise ValueError(f"base {str(path)!r}: no UNet with text cross-attention in it ({error.filename})") from None
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def _local_model(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return folder
@@ -291,7 +309,7 @@ def load_backbone(
 
     Raises: ValueError when it is missing, has no UNet, or no text cross-attention.
     """
-    folder = _local_model(path)
+    folder = local_model(path)
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
         raise ValueError(f"base {str(path)!r}: {type(pipe).__name__} has no UNet with a text encoder: nothing to train")

@@ -41,18 +41,19 @@ class ConceptFeatures:
 
 @dataclass(frozen=True)
 class RegularizationFeatures:
-    """Latents (R, c, h, w) float32 of regularisation images, and their captions."""
+    """Latents (R, c, h, w) float32 of regularisation images, and the text features of their R captions."""
 
     latents: torch.Tensor
-    captions: list[str]
+    text: TextFeatures
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {"latents": self.latents}, {"captions": json.dumps(self.captions)})
+        pooled = {} if self.text.pooled is None else {"pooled": self.text.pooled}
+        save_tensors(path, {"latents": self.latents, "hidden": self.text.hidden, **pooled})
 
     @classmethod
     def load(cls, path: Path) -> RegularizationFeatures:
-        tensors, metadata = load_tensors(path)
-        return cls(tensors["latents"], json.loads(metadata["captions"]))
+        tensors, _ = load_tensors(path)
+        return cls(tensors["latents"], TextFeatures(tensors["hidden"], tensors.get("pooled")))
 
 
 def concept_features(
@@ -80,12 +81,12 @@ def concept_features(
 def regularization_features(
     backbone: Backbone, samples: Iterable[tuple[Image.Image, str]], *, seed: int
 ) -> RegularizationFeatures:
-    """Encode regularisation images (RGB, cut to the centre square) and keep their captions."""
+    """Encode regularisation images (RGB, cut to the centre square) and their captions."""
     pixels, captions = [], []
     for image, caption in samples:
         pixels.append(plain_view(image, backbone.resolution, backbone.factor).pixels)
         captions.append(caption)
-    return RegularizationFeatures(_encode(backbone, torch.stack(pixels), seed), captions)
+    return RegularizationFeatures(_encode(backbone, torch.stack(pixels), seed), text_features(backbone, captions))
 
 
 def _encode(backbone: Backbone, pixels: torch.Tensor, seed: int) -> torch.Tensor:

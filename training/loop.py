@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.backbone import Backbone, TextFeatures
 from training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
-from training.features import ConceptFeatures, RegularizationFeatures, text_features
+from training.features import ConceptFeatures, RegularizationFeatures
 from training.objective import masked_loss, target_of
 from training.weights import ConceptWeights
 
@@ -136,8 +137,6 @@ def _optimize(
         weight_decay=settings.weight_decay,
         fused=backbone.device.type == "cuda",
     )
-    captions = [text_features(backbone, c.regularization.captions) if c.regularization else None for c in concepts]
-
     checkpoint, losses = scratch / "checkpoint.safetensors", []
     if checkpoint.exists():
         tensors, metadata = load_tensors(checkpoint)
@@ -157,7 +156,7 @@ def _optimize(
     log = SummaryWriter(str(scratch / "tensorboard"), purge_step=len(losses))
     autocast = torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
     for step in range(len(losses), settings.steps):
-        concept_batch, prior_batch = _draw(concepts, captions, settings, step)
+        concept_batch, prior_batch = _draw(concepts, settings, step)
         with autocast:
             loss = _loss(backbone, concept_batch, prior_batch, settings, step)
         value = loss.item()
@@ -179,7 +178,9 @@ def _optimize(
         if (step + 1) % settings.checkpoint_every == 0 or done:
             save()
         if sample and ((step + 1) % settings.sample_every == 0 or done):
-            sample(scratch / f"samples-{step + 1:05d}.png", step + 1)
+            path = scratch / f"samples-{step + 1:05d}.png"
+            sample(path, step + 1)
+            log.add_image("samples", np.asarray(Image.open(path)), step + 1, dataformats="HWC")
     log.close()
 
     deltas = {n: (w.detach().float() - original[n].float()).cpu() for n, w in matrices.items()}
@@ -190,29 +191,23 @@ def _optimize(
     )
 
 
-def _draw(
-    concepts: Sequence[TrainingConcept],
-    captions: Sequence[TextFeatures | None],
-    settings: TrainingSettings,
-    step: int,
-) -> tuple[_Batch, _Batch | None]:
+def _draw(concepts: Sequence[TrainingConcept], settings: TrainingSettings, step: int) -> tuple[_Batch, _Batch | None]:
     """The samples of a step; concepts trained jointly take turns, so each gets its share whatever its image count."""
     rng = np.random.default_rng([settings.seed, step])
     latents, masks, texts = [], [], []
     prior_latents, prior_texts = [], []
     for k in range(settings.batch_size):
-        turn = (step * settings.batch_size + k) % len(concepts)
-        concept = concepts[turn]
+        concept = concepts[(step * settings.batch_size + k) % len(concepts)]
         view = int(rng.integers(len(concept.features.latents)))
         latents.append(concept.features.latents[view])
         masks.append(concept.features.masks[view])
         caption = settings.prompt.format(f"{concept.token} {concept.class_word}")
         texts.append(f"{concept.features.words[view]} {caption}".strip())
-        text, prior = captions[turn], concept.regularization
-        if text is not None and prior is not None:
+        prior = concept.regularization
+        if prior is not None:
             image = int(rng.integers(len(prior.latents)))
             prior_latents.append(prior.latents[image])
-            prior_texts.append(text.rows([image]))
+            prior_texts.append(prior.text.rows([image]))
     batch = _Batch(torch.stack(latents), torch.stack(masks), texts, None)
     if not prior_latents:
         return batch, None

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
 from training.backbone import Backbone, TokenRows
 from training.features import ConceptFeatures
@@ -133,7 +134,7 @@ def test_logs_and_samples(backbone, concepts, settings, tmp_path):
         concepts[:1],
         dataclasses.replace(settings, sample_every=3),
         scratch=tmp_path,
-        sample=lambda path, step: drawn.append(step),
+        sample=lambda path, step: (drawn.append(step), Image.new("RGB", (8, 8)).save(path))[0],
     )
     assert drawn == [3, 6]
     assert list((tmp_path / "tensorboard").glob("events*"))

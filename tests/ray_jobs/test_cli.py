@@ -1,0 +1,201 @@
+"""The command: a user's mistake is a message and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.miniature.world import concept_images
+from ray_jobs import cli
+
+CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
+
+
+@pytest.fixture
+def batch(tmp_path, monkeypatch):
+    """A small correct batch, in a folder of its own; call it with changes to write it."""
+    monkeypatch.chdir(tmp_path)
+    for name, cls, style in (("cat", "cat", "streamline-emojis"), ("turtle", "turtle", "fxemoji")):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(concept_images(cls, style, 2, seed=1)):
+            image.save(tmp_path / name / f"{i}.png")
+    content = {
+        "name": "small",
+        "concepts": [
+            CAT,
+            {"name": "flat-turtle", "images": "turtle", "class_word": "turtle"},
+        ],
+        "retrieval": {"images": 6, "oversample": 3, "miniature_captions": 500},
+        "training": {"steps": 4, "batch_size": 2, "views": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
+        "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "identity": "miniature"},
+    }
+
+    def write(**changes) -> Path:
+        path = tmp_path / "batch.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}))
+        return path
+
+    return write
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    try:
+        cli.main(list(arguments))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys):
+    path = batch()
+    before = sorted(p for p in tmp_path.rglob("*"))
+    code, out, _ = run("plan", str(path), capsys=capsys)
+    assert code == 0
+    assert "13 of 13 stages to do" in out
+    for kind in ("index", "candidates", "regularization", "features", "train", "merge", "evaluate", "release"):
+        assert f"\n{kind} " in out
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def _no_images(folder: Path) -> dict:
+    for image in (folder / "cat").iterdir():
+        image.unlink()
+    return {}
+
+
+def _corrupt_images(folder: Path) -> dict:
+    for image in (folder / "cat").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    return {}
+
+
+def _odd_corpus(folder: Path) -> dict:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"link": ["x"], "words": ["y"]}), folder / "corpus.parquet")
+    return {"retrieval": {"corpus": "corpus.parquet"}}
+
+
+def _base_without_cross_attention(folder: Path) -> dict:
+    for part in ("unet", "vae"):
+        (folder / "base" / part).mkdir(parents=True)
+    (folder / "base" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "mid_block_type": None}
+    config = {**blocks, "block_out_channels": [32], "sample_size": 8, "layers_per_block": 1}
+    (folder / "base" / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "base" / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
+    return {"base": "base"}
+
+
+def _base_without_unet(folder: Path) -> dict:
+    (folder / "base").mkdir()
+    (folder / "base" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    return {"base": "base"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_images, r"concepts[0] (outlined-cat)"),
+        (_corrupt_images, r"0.png"),
+        (lambda _: {"base": "./nowhere"}, "base './nowhere': no diffusers model there"),
+        (_base_without_unet, "no UNet with text cross-attention"),
+        (lambda _: {"retrieval": {"corpus": "nothing.parquet"}}, "nothing.parquet"),
+        (lambda _: {"retrieval": {"clip": "/no/clip"}}, "CLIP directory /no/clip: not there"),
+        (lambda _: {"trainig": {}}, "trainig: unknown key; did you mean 'training'?"),
+        (lambda _: {"concepts": [{**CAT, "token": "dog"}]}, "token 'dog': the base model's tokenizer knows it already"),
+        (lambda _: {"concepts": [{**CAT, "initializer": "zzyzx"}]}, "initializer 'zzyzx': must be one token"),
+        (_base_without_cross_attention, "has no text cross-attention: nothing to train"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_bad_input_before_anything_runs(batch, tmp_path, capsys, command, spoil, message):
+    code, _, err = run(command, str(batch(**spoil(tmp_path))), capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_of_every_command(capsys):
+    for command in ("run", "plan", "sample", "merge", "publish", "report", "verify"):
+        code, out, _ = run(command, "--help", capsys=capsys)
+        assert code == 0 and "Usage" in out
+
+
+def test_full_disk_and_interrupt(batch, capsys, monkeypatch):
+    import ray_jobs.concept_batch as concept_batch
+
+    path = batch()
+    for error, expected in ((OSError(errno.ENOSPC, "No space left on device", "/x"), 2), (KeyboardInterrupt(), 130)):
+
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(concept_batch, "run", fail)
+        code, _, err = run("run", str(path), capsys=capsys)
+        assert code == expected
+        assert "No space left" in err or "interrupted" in err
+
+
+@pytest.mark.slow
+def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
+    """Real Ray, real img2dataset over loopback HTTP, the real miniature; then everything made of it."""
+    path = batch()
+    code, out, err = run("run", str(path), capsys=capsys)
+    assert code == 0, err
+    assert "made release" in out
+    figures = json.loads((tmp_path / "runs/small/summary.json").read_text())
+    assert set(figures["concepts"]) == {"outlined-cat", "flat-turtle"}
+    for concept in figures["concepts"].values():
+        assert concept["regularization"]["got"] == 6
+        assert {"base", "single", "merged_full", "merged"} <= set(concept)
+    assert max(figures["residuals"]["before"].values()) < 1e-6
+    assert (tmp_path / "runs/small/report.html").stat().st_size > 10_000
+    releases = str(tmp_path / "runs/small/releases")
+    store = tmp_path / "runs/small/store"
+    stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
+    assert len(stamps) == 13 and not any((store / ".building").iterdir())
+
+    # again: nothing is repeated, no second release
+    code, _, err = run("run", str(path), capsys=capsys)
+    assert code == 0, err
+    assert {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")} == stamps
+    assert [p.name for p in Path(releases).glob("v*")] == ["v0001"]
+
+    # one concept more trains one concept and merges again
+    assert run("plan", str(path), capsys=capsys)[1].endswith("about 0 s of computing on one device of this machine\n")
+    more = yaml.safe_load(path.read_text())
+    more["concepts"].append({"name": "cat-again", "images": "cat", "class_word": "cat"})
+    _, out, _ = run("plan", str(batch(concepts=more["concepts"])), capsys=capsys)
+    todo = [line.split()[:2] for line in out.splitlines() if " to do " in line]
+    # the same pictures of a cat: their regularisation set is there already
+    assert [kind for kind, _ in todo] == ["features", "train", "merge", *["evaluate"] * 3, "release"]
+
+    code, out, _ = run("verify", releases, capsys=capsys)
+    assert code == 0 and "all sums agree" in out
+    weights = sorted(str(p) for p in store.rglob("weights.safetensors"))
+    (tmp_path / "captions.txt").write_text("\n".join(f"photo of a {c}" for c in ("cat", "turtle", "dog", "house")))
+    code, out, err = run("merge", *weights, "--captions", "captions.txt", "--out", "m.safetensors", capsys=capsys)
+    assert code == 0, err
+    assert "2 concepts, 12 constraint rows" in out
+    for place in (releases, "m.safetensors", weights[0]):
+        prompt = "photo of a cat"
+        code, out, err = run("sample", place, prompt, "--count", "1", "--steps", "2", "--out", "s.png", capsys=capsys)
+        assert code == 0, err
+        assert Image.open("s.png").size[0] > 0
+    code, out, _ = run("report", str(batch()), capsys=capsys)
+    assert code == 0 and "made runs/small/report.html" in out
+
+    spoiled = Path(releases) / "v0001" / "merged.safetensors"
+    spoiled.write_bytes(spoiled.read_bytes() + b"x")
+    code, _, err = run("verify", releases, capsys=capsys)
+    assert code == 1 and "merged.safetensors" in err
