@@ -6,15 +6,17 @@ A stage's key is the hash of its kind, its parameters and its inputs' keys. All 
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.miniature.corpus import CORPUS_VERSION
+from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.spec import Concept, ConceptBatch, clip_path
-from pipeline.store import Store, content_key
+from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
-from retrieval.corpus import corpus_digest
+from retrieval.corpus import corpus_digest, precomputed, read_corpus
 from training.backbone import base_digest, check_base
 from training.images import load_images
 
@@ -79,7 +81,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     resolution = check_base(
         batch.base_path,
         [c.token for c in batch.concepts],
-        [c.initializer or i for i, c in enumerate(batch.concepts)],
+        [_initializer(c) for c in batch.concepts],
     )
     base = {"base": base_digest(batch.base_path)}
     notes: list[str] = []
@@ -89,13 +91,14 @@ def make_plan(batch: ConceptBatch) -> Plan:
         stages.append(stage)
         return stage
 
-    images = {}
+    digests: dict[str, list[str]] = {}
     problems = []
     for i, concept in enumerate(batch.concepts):
         try:
-            images[concept.name] = load_images(list(concept.images))
-            notes += [f"{concept.name}: {note}" for note in images[concept.name].notes]
-            notes += [f"{concept.name}: not used: {reason}" for reason in images[concept.name].rejected]
+            images = load_images(list(concept.images))
+            digests[concept.name] = images.digests
+            notes += [f"{concept.name}: {note}" for note in images.notes]
+            notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
         except ValueError as error:
             problems.append(f"concepts[{i}] ({concept.name}): {error}")
     if problems:
@@ -117,7 +120,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
         )
 
     features: dict[str, Stage] = {}
-    for number, concept in enumerate(batch.concepts):
+    for concept in batch.concepts:
         inputs: tuple[Stage, ...] = ()
         if index is not None:
             prompt = concept.class_prompt or concept.class_word
@@ -144,16 +147,14 @@ def make_plan(batch: ConceptBatch) -> Plan:
                         {
                             "images": retrieval.images,
                             "size": resolution,
-                            "exclude": images[concept.name].digests,
+                            "exclude": digests[concept.name],
                             "block_list": blocked,
-                        },
-                        (candidates,),
-                        {
-                            "images": list(concept.images),
                             "base_url": retrieval.base_url,
                             "local": retrieval.local or retrieval.corpus == "miniature",
                             "miniature": retrieval.corpus == "miniature",
                         },
+                        (candidates,),
+                        {"images": list(concept.images)},
                     )
                 ),
             )
@@ -162,7 +163,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 "features",
                 concept.name,
                 base
-                | {"images": images[concept.name].digests, "seed": training.seed + number}
+                | {"images": digests[concept.name], "seed": training.seed}
                 | {"views": training.views if training.augment else 0},
                 inputs,
                 {"images": list(concept.images), "base": batch.base_path},
@@ -189,10 +190,11 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 {
                     "evaluation": batch.evaluation.model_dump(exclude={"prompts", "clip"}),
                     "clip": clip_digest(clip_path(batch.evaluation.clip)),
+                    "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
                     "prompts": list(batch.prompts_of(concept)),
                     "concept": concept.name,
                     "phrase": [concept.token, concept.class_word],
-                    "images": images[concept.name].digests,
+                    "images": digests[concept.name],
                 },
                 (merged, next(s for s in trained if concept.name in s.params["concepts"])),
                 {
@@ -221,7 +223,15 @@ def make_plan(batch: ConceptBatch) -> Plan:
     return Plan(batch, tuple(stages), tuple(notes))
 
 
-_PLACES: dict[str, Any] = {"output": True, "store": True, "publish": {"to"}}
+_PLACES: dict[str, Any] = {
+    "output": True,
+    "store": True,
+    "publish": {"to"},
+    "concepts": {"__all__": {"images"}},
+    "retrieval": {"corpus", "base_url", "block_list"},
+    "training": {"attention", "checkpoint_every", "sample_every"},
+}
+"""What of a batch says where or how, not what: no part of a release."""
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
@@ -230,8 +240,7 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
     )
     settings["steps"] = batch.training.steps or 250 * len(group)
     settings["token_learning_rate"] = batch.training.token_learning_rate or batch.training.learning_rate
-    positions = {c.name: i for i, c in enumerate(batch.concepts)}
-    concepts = {c.name: [c.token, c.class_word, c.initializer or positions[c.name]] for c in group}
+    concepts = {c.name: [c.token, c.class_word, _initializer(c)] for c in group}
     return Stage(
         "train",
         " + ".join(concepts),
@@ -246,9 +255,16 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
     )
 
 
+def _initializer(concept: Concept) -> str | int:
+    """The word its row starts from, or which of the rare words: by the token, whatever its neighbours are."""
+    return concept.initializer or zlib.crc32(concept.token.encode())
+
+
 def _corpus_digest(batch: ConceptBatch) -> str:
     if batch.retrieval.corpus == "miniature":
         return f"miniature-{CORPUS_VERSION}-{batch.retrieval.miniature_captions}"
+    if not precomputed(batch.retrieval.corpus):
+        next(read_corpus(batch.retrieval.corpus), None)  # has it the columns?
     return corpus_digest(batch.retrieval.corpus)
 
 

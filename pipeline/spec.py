@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +113,7 @@ class Training(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
     """Draw a sample grid every so many steps (and at the end); at the end only when empty."""
@@ -131,24 +133,30 @@ class Merge(Section):
     """Regularisation captions in G at most (the authors: 200 to 1000)."""
     damping: float = Field(1e-6, ge=0)
     """Added to G's diagonal, relative to its mean, so that its factorisation exists."""
-    prompts: tuple[str, ...] = ("{}", "photo of a {}")
+    prompts: tuple[str, ...] = Field(("{}", "photo of a {}"), min_length=1)
     """Constraint prompts; `{}` stands for the concept."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_with_placeholder, value))
 
 
 class Compress(Section):
     max_bytes: Positive | None = None
-    """Upper bound of the merged file's factors; lossless when empty."""
+    """Upper bound of the factors' bytes. When neither is given, a merged model is kept without loss, and a single set
+    of weights (one concept, or joint training) is cut to a fifth of its bytes, as in the paper."""
     max_rank: Positive | None = None
-    """Upper bound of the rank; lossless when empty."""
+    """Upper bound of the rank."""
 
 
 class Evaluation(Section):
-    prompts: tuple[str, ...] = ("photo of a {}",)
+    prompts: tuple[str, ...] = Field(("photo of a {}",), min_length=1)
     samples: Positive = 8
     """Images a prompt."""
     steps: Positive = 50
     guidance: float = 6.0
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     clip: str = "miniature"
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
@@ -187,13 +195,34 @@ class ConceptBatch(Section):
         for field in ("name", "token"):
             seen: dict[str, int] = {}
             for i, concept in enumerate(self.concepts):
-                value = getattr(concept, field)
+                value = getattr(concept, field).lower()  # tokenizers and some file systems do not tell case apart
                 if value and value in seen:
                     raise ValueError(
                         f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
                     )
                 seen[value] = i
         return self
+
+    @model_validator(mode="after")
+    def _miniature_is_for_the_miniature(self) -> ConceptBatch:
+        places = {"evaluation.clip": self.evaluation.clip}
+        if self.training.regularization == "real":
+            places |= {"retrieval.corpus": self.retrieval.corpus, "retrieval.clip": self.retrieval.clip}
+        toys = sorted(key for key, value in places.items() if value == "miniature")
+        if self.base != "miniature" and toys:
+            raise ValueError(
+                f"{', '.join(toys)}: 'miniature' knows only its own small world; name your own beside {self.base!r}"
+            )
+        return self
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"report and summary go to a local folder; `store` and `publish.to` may be URLs; found {value!r}"
+            )
+        return value
 
     def model_post_init(self, _: Any) -> None:
         taken = {c.token for c in self.concepts}
@@ -203,7 +232,7 @@ class ConceptBatch(Section):
 
     @property
     def output_path(self) -> str:
-        return self.output.format(name=self.name)
+        return self.output.replace("{name}", self.name)
 
     @property
     def store_url(self) -> str:
@@ -247,6 +276,7 @@ def load_batch(path: str | Path) -> ConceptBatch:
         data = _from_concepts_list(path, data)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a mapping with the key 'concepts', found {type(data).__name__}")
+    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
     try:
         batch = ConceptBatch.model_validate(data)
     except ValidationError as error:
@@ -258,7 +288,7 @@ def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
     """Relative places in a batch file are relative to the file (not `output`: that is where the user stands)."""
 
     def place(value: str) -> str:
-        return value if not value or "://" in value or Path(value).is_absolute() else str(folder / value)
+        return value if not value or "://" in value else os.path.abspath(folder / Path(value).expanduser())
 
     concepts = [c.model_copy(update={"images": tuple(map(place, c.images))}) for c in batch.concepts]
     update: dict[str, Any] = {"concepts": tuple(concepts)}
@@ -266,8 +296,12 @@ def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
         update["retrieval"] = batch.retrieval.model_copy(
             update={"corpus": place(batch.retrieval.corpus), "block_list": place(batch.retrieval.block_list)}
         )
-    if (folder / batch.base).is_dir():
-        update["base"] = str(folder / batch.base)
+    for section in ("retrieval", "evaluation"):
+        current = update.get(section, getattr(batch, section))
+        if current.clip != "miniature" and (folder / current.clip).is_dir():
+            update[section] = current.model_copy(update={"clip": place(current.clip)})
+    if batch.base != "miniature" and (folder / batch.base).is_dir():
+        update["base"] = place(batch.base)
     return batch.model_copy(update=update)
 
 
@@ -296,7 +330,7 @@ def _from_concepts_list(path: Path, entries: list[Any]) -> dict[str, Any]:
         class_word = entry["class_prompt"].removeprefix("photo of a ").removeprefix("a photo of a ").strip()
         concepts.append(
             {
-                "name": f"{i + 1:03d}-{''.join(c if c.isalnum() else '-' for c in folder.name) or 'concept'}",
+                "name": f"{i + 1:03d}-{re.sub('[^A-Za-z0-9_-]', '-', folder.name)}",
                 "images": [entry["instance_data_dir"]],
                 "class_word": class_word,
                 "token": tokens[0] if tokens else "",
@@ -307,7 +341,7 @@ def _from_concepts_list(path: Path, entries: list[Any]) -> dict[str, Any]:
 
 
 def _with_placeholder(prompt: str) -> str:
-    if prompt.count("{}") != 1:
+    if prompt.count("{}") != 1 or prompt.replace("{}", "").count("{") or prompt.replace("{}", "").count("}"):
         raise ValueError(f"a prompt names the concept once by '{{}}', as in 'photo of a {{}}'; found {prompt!r}")
     return prompt
 

@@ -77,7 +77,7 @@ def run_stage(stage: Stage, store: Store, progress: Progress) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _backbone(path: str, dtype: torch.dtype = torch.float32) -> Backbone:
+def _backbone(path: str, dtype: torch.dtype) -> Backbone:
     """One resident base model a process: a Ray worker that runs several stages loads it once."""
     return load_backbone(path, dtype=dtype)
 
@@ -113,16 +113,16 @@ def retrieve(work: Work) -> None:
 
 
 def regularization(work: Work) -> None:
-    places, params = work.stage.places, work.stage.params
-    own = [perceptual_hash(image) for image in load_images(places["images"]).images]
+    params = work.stage.params
+    own = [perceptual_hash(image) for image in load_images(work.stage.places["images"]).images]
     with contextlib.ExitStack() as stack:
-        base_url = stack.enter_context(serve_corpus()) if places["miniature"] else places["base_url"] or None
+        base_url = stack.enter_context(serve_corpus()) if params["miniature"] else params["base_url"] or None
         found = download(
             pq.read_table(work.input("candidates") / "candidates.parquet"),
             work.out / "set",
             count=params["images"],
             image_size=params["size"],
-            local=places["local"],
+            local=params["local"],
             base_url=base_url,
             exclude=own,
             blocked_sha256=params["block_list"],
@@ -140,7 +140,7 @@ def regularization_set(artifact: Path) -> RegularizationSet:
 
 
 def features(work: Work) -> None:
-    params, backbone = work.stage.params, _backbone(work.stage.places["base"])
+    params, backbone = work.stage.params, _backbone(work.stage.places["base"], torch.float32)
     own = load_images(work.stage.places["images"])
     made = concept_features(
         backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
@@ -177,7 +177,6 @@ def train_concepts(work: Work) -> None:
         )
 
     def sample(path: Path, step: int) -> None:
-        backbone.unet.eval()
         prompts = [settings.prompt.format(f"{c.token} {c.class_word}") for c in concepts for _ in range(4)]
         images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
         rows = [images[i : i + 4] for i in range(0, len(images), 4)]
@@ -203,7 +202,7 @@ def train_concepts(work: Work) -> None:
 def merge_concepts(work: Work) -> None:
     """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`."""
     settings, budget = work.stage.params["merge"], work.stage.params["compress"]
-    backbone = _backbone(work.stage.places["base"])
+    backbone = _backbone(work.stage.places["base"], torch.float32)
     trained = [ConceptWeights.load(path / "weights.safetensors") for path in work.inputs["train"]]
     captions = _captions(work.inputs.get("regularization", []), settings["captions"], trained)
     rows = regularization_rows(backbone, captions)
@@ -239,8 +238,10 @@ def merge_concepts(work: Work) -> None:
         if not rank:
             raise ValueError(f"compress.max_bytes {budget['max_bytes']}: one rank costs {per_rank} bytes")
         small, error = shared_factors(full, gram, rank)
-    elif budget["max_rank"] or budget["max_bytes"]:
-        small, error = weighted_factors(full.deltas, gram, max_rank=budget["max_rank"], max_bytes=budget["max_bytes"])
+    elif SHARED not in full.right:
+        # full-rank factors are larger than the matrices: a single set is always cut, to the paper's fifth by default
+        most = budget["max_bytes"] or (None if budget["max_rank"] else trained[0].nbytes // 5)
+        small, error = weighted_factors(full.deltas, gram, max_rank=budget["max_rank"], max_bytes=most)
     small = in_half(dataclasses.replace(small, tokens=tokens, metadata=metadata))
     final = report(small, constraints, rows, base)
     full.save(work.out / "full.safetensors")
@@ -280,7 +281,7 @@ def evaluate(work: Work) -> None:
     """`scores.parquet`: a row per image; `base.png`, `single.png`, `merged.png`: rows of the same prompts and seeds."""
     params, places = work.stage.params, work.stage.places
     settings = params["evaluation"]
-    backbone = _backbone(places["base"])
+    backbone = _backbone(places["base"], torch.float32)
     use_attention(backbone.unet, places["attention"])
     judges = Judges.load(load_clip(places["clip"]), settings["identity"])
     references = load_images(places["images"]).images
@@ -344,7 +345,7 @@ def measures(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 def release(work: Work) -> None:
     """The files of a release, ready to be published: weights in all formats, spec, measures, sample grid, card."""
     params, places = work.stage.params, work.stage.places
-    backbone = _backbone(places["base"])
+    backbone = _backbone(places["base"], torch.float32)
     model = MergedModel.load(work.input("merge") / "merged.safetensors")
     write_formats(model, backbone.pipe, work.out, params["name"])
     evaluated = {

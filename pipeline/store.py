@@ -48,9 +48,9 @@ class Store:
     """See the module. `cache` is where artifacts of a remote root are kept locally."""
 
     def __init__(self, root: str, cache: str | Path | None = None) -> None:
-        self.root = root
         self.fs, self.base = fsspec.core.url_to_fs(root)
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self.root = self.base if self.is_local else root  # absolute: workers stand elsewhere
         self.local = Path(self.base) if self.is_local else Path(cache or _cache_of(root))
 
     def has(self, kind: str, key: str) -> bool:
@@ -97,7 +97,8 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed processes of this machine left half-built."""
         for part in (self.local / ".building").glob(f"{socket.gethostname()}.*"):
-            if not _is_alive(int(part.name.removeprefix(f"{socket.gethostname()}.").split(".")[0])):
+            pid = part.name.removeprefix(f"{socket.gethostname()}.").split(".")[0]
+            if pid.isdecimal() and not _is_alive(int(pid)):
                 shutil.rmtree(part, ignore_errors=True)
 
     @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -76,6 +75,8 @@ def sample(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Draw prompts with a release's merged model, or with one concept's weights."""
+    if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: give a .png, .jpg or .webp file in a folder that is there")
     from tqdm import tqdm
 
     from pipeline.merge.files import load_change
@@ -187,7 +188,8 @@ def _print_summary(figures: dict[str, Any]) -> None:
     sizes = figures["bytes"]
     print(
         f"\n{sizes['concepts'] / 1e6:.2f} MB of concept weights became {sizes['merged'] / 1e6:.2f} MB; "
-        f"worst constraint residual {max(figures['residuals']['after'].values()):.1e}; {figures['seconds_total']:.0f} s of stages\n"
+        f"worst constraint residual {max(figures['residuals']['after'].values()):.1e}; "
+        f"{figures['seconds_total']:.0f} s of stages\n"
     )
 
 
@@ -204,9 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: {error.filename or ''}: {error.strerror}; nothing half-written was kept", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
 
 

@@ -26,7 +26,7 @@ from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage
 from pipeline.store import Store
 
-ON_DEVICE = {"features", "train", "merge", "evaluate", "release"}
+ON_DEVICE = {"index", "candidates", "features", "train", "merge", "evaluate", "release"}
 """Stages that run the model, on a GPU where the cluster has any."""
 
 
@@ -48,6 +48,12 @@ def run(batch: ConceptBatch) -> Outcome:
 
     Raises: ValueError for bad input; StageFailed naming every stage that failed.
     """
+    if os.environ.get("RAY_ADDRESS"):
+        for key, place in (("store", batch.store_url), ("publish.to", batch.release_url)):
+            if "://" not in place and not os.path.isabs(place):
+                raise ValueError(
+                    f"{key}: {place!r} is relative; on a cluster give a URL or a path that all nodes share"
+                )
     plan = make_plan(batch)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -74,7 +80,7 @@ def run(batch: ConceptBatch) -> Outcome:
 
 def _provenance(plan: Plan) -> dict[str, Any]:
     """Where a release came from, for its manifest."""
-    packages = ("torch", "diffusers", "transformers", "open_clip_torch", "polyconcept")
+    packages = ("torch", "diffusers", "transformers", "open_clip_torch")
     return {
         "batch": plan.batch.name,
         "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
@@ -90,7 +96,7 @@ def ray_session() -> Iterator[None]:
         yield
         return
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    options: dict[str, Any] = {} if on_cluster else {"include_dashboard": False, "num_gpus": None}
+    options: dict[str, Any] = {} if on_cluster else {"include_dashboard": False}
     ray.init(logging_level="ERROR", log_to_driver=False, **options)
     try:
         yield
@@ -125,16 +131,18 @@ def _work(stage: Stage, root: str, board: Any, *inputs: str) -> str:
 
 
 def _run_stages(plan: Plan, store: Store) -> None:
-    gpus = ray.cluster_resources().get("GPU", 0)
+    resources = ray.cluster_resources()
+    gpus = resources.get("GPU", 0)
+    cpus = max(1, int(resources.get("CPU", 1) // max(1, len(plan.of("train")))))
     board = ray.remote(Board).options(num_cpus=0).remote()
     work = ray.remote(_work)
     refs: dict[str, Any] = {}
-    todo = plan.todo(store)
+    todo = list({stage.key: stage for stage in plan.todo(store)}.values())
     keys = {stage.key for stage in todo}
     for stage in todo:
         needs = [refs[upstream.key] for upstream in stage.inputs if upstream.key in keys]
         refs[stage.key] = work.options(
-            num_cpus=1,
+            num_cpus=cpus if stage.kind in ON_DEVICE and not gpus else 1,
             num_gpus=1 if gpus and stage.kind in ON_DEVICE else 0,
             max_retries=2,
             name=f"{stage.kind} {stage.name}",
@@ -154,10 +162,13 @@ def _follow(todo: list[Stage], refs: dict[str, Any], board: Any) -> list[str]:
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             for key, (what, count, of) in ray.get(board.get.remote()).items():
-                stage = next(s for s in todo if s.key == key)
-                bar = bars.setdefault(key, tqdm(total=of, desc=f"{stage.kind} {stage.name}", unit=what, leave=False))
-                bar.n = count
-                bar.refresh()
+                running = next((s for s in waiting.values() if s.key == key), None)
+                if running is None:
+                    continue
+                if key not in bars:
+                    bars[key] = tqdm(total=of, desc=f"{running.kind} {running.name}", unit=what, leave=False)
+                bars[key].n = count
+                bars[key].refresh()
             for ref in done:
                 stage = waiting.pop(ref)
                 if stage.key in bars:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 # Lower-case names, first match wins: LAION (URL, TEXT), DataComp (url, text), COYO, clip-retrieval (url, caption).
 COLUMN_NAMES = {
@@ -68,14 +69,20 @@ def usable(batch: pa.RecordBatch) -> pa.BooleanArray:
 
 
 def corpus_digest(path: str) -> str:
-    """Hash what a corpus contains: sha256 over the sha256 of each .parquet and .npy file, in the files' order."""
+    """Hash what a corpus contains, over its .parquet and .npy files in their order.
+
+    Local files by their bytes; remote ones by name, size and the store's own checksum, so that nothing is downloaded.
+    """
     filesystem, files = _files(path, ".parquet", ".npy")
     if not files:
         raise ValueError(f"corpus {path}: no .parquet file there")
     total = hashlib.sha256()
     for file in files:
-        with filesystem.open(file, "rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+        if isinstance(filesystem, LocalFileSystem):
+            with filesystem.open(file, "rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            total.update(f"{file} {filesystem.size(file)} {filesystem.checksum(file)}".encode())
     return total.hexdigest()
 
 

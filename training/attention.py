@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 
 def use_attention(unet: Any, backend: Literal["auto", "xformers", "sdpa"]) -> str:
@@ -26,7 +27,7 @@ def use_attention(unet: Any, backend: Literal["auto", "xformers", "sdpa"]) -> st
             )
         unet.enable_xformers_memory_efficient_attention()
     else:
-        unet.set_default_attn_processor()  # scaled_dot_product_attention
+        unet.set_attn_processor(AttnProcessor2_0())
     return backend
 
 

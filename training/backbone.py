@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from transformers import AutoTokenizer
@@ -71,7 +72,9 @@ class Backbone:
 
     def __init__(self, pipe: DiffusionPipeline, digest: str) -> None:
         self.pipe, self.digest = pipe, digest
-        self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
+        self.unet, self.vae = pipe.unet, pipe.vae
+        # of its own: the pipeline's scheduler is set to the steps of the last drawing, and may scale noise otherwise
+        self.noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.text_encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
         self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
         for module in (self.unet, self.vae, *self.text_encoders):
@@ -274,14 +277,24 @@ def text_kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
 def base_digest(path: str | Path) -> str:
     """Hash of a base model's files (weights, configs, tokenizer): a base is what it holds, not what it is called.
 
-    A hub name is resolved through the local cache, downloading if need be.
+    Only the parts that are used, and not their variants in other precisions, which come and go in a hub's cache.
     Raises: ValueError when there is no such model.
     """
     folder = local_model(path)
+    files = [folder / "model_index.json"]
+    for part in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"):
+        found = sorted(p for p in (folder / part).glob("*") if p.suffix in (".json", ".txt", ".safetensors"))
+        files += [p for p in found if not any(f".{variant}" in p.name for variant in ("fp16", "bf16", "non_ema"))]
+    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _digest_of(str(folder), stamps)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        digest.update(str(file.relative_to(folder)).encode())
-        with file.open("rb") as f:
+    for name, _, _ in stamps:
+        digest.update(Path(name).relative_to(folder).as_posix().encode())
+        with open(name, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 

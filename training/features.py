@@ -72,9 +72,8 @@ def concept_features(
         for number in range(views):
             rng = np.random.default_rng([seed, number, int(digest[:15], 16)])
             made.append(random_view(image, backbone.resolution, backbone.factor, rng))
-    pixels = torch.stack([v.pixels for v in made])
     key = hashlib.sha256("".join(digests).encode()).hexdigest()
-    latents = _encode(backbone, pixels, int(key[:15], 16) ^ seed)
+    latents = _encode(backbone, [v.pixels for v in made], int(key[:15], 16) ^ seed)
     return ConceptFeatures(latents, torch.stack([v.mask for v in made]), [v.words for v in made])
 
 
@@ -86,13 +85,13 @@ def regularization_features(
     for image, caption in samples:
         pixels.append(plain_view(image, backbone.resolution, backbone.factor).pixels)
         captions.append(caption)
-    return RegularizationFeatures(_encode(backbone, torch.stack(pixels), seed), text_features(backbone, captions))
+    return RegularizationFeatures(_encode(backbone, pixels, seed), text_features(backbone, captions))
 
 
-def _encode(backbone: Backbone, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+def _encode(backbone: Backbone, pixels: list[torch.Tensor], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    batches = [backbone.encode_images(batch, generator).float().cpu() for batch in pixels.split(ENCODE_BATCH)]
-    return torch.cat(batches)
+    batches = [torch.stack(pixels[i : i + ENCODE_BATCH]) for i in range(0, len(pixels), ENCODE_BATCH)]
+    return torch.cat([backbone.encode_images(batch, generator).float().cpu() for batch in batches])
 
 
 @torch.no_grad()

@@ -108,7 +108,6 @@ def train(
                 hook.remove()
             for name, layer in backbone.layers.items():
                 layer.weight = nn.Parameter(original[name], requires_grad=False)
-            backbone.unet.eval()
 
 
 def _fresh_tokens(backbone: Backbone, concepts: Sequence[TrainingConcept]) -> list[nn.Parameter]:
@@ -153,34 +152,38 @@ def _optimize(
         tensors |= {f"rows.{i}": row for i, row in enumerate(rows)} | optimizer_tensors(optimizer)
         save_tensors(checkpoint, tensors, {"losses": json.dumps(losses)})
 
-    log = SummaryWriter(str(scratch / "tensorboard"), purge_step=len(losses))
+    log = SummaryWriter(str(scratch / "tensorboard"), purge_step=len(losses) + 1 if losses else None)
     autocast = torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.dtype == torch.bfloat16)
     for step in range(len(losses), settings.steps):
         concept_batch, prior_batch = _draw(concepts, settings, step)
         with autocast:
             loss = _loss(backbone, concept_batch, prior_batch, settings, step)
         value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"{', '.join(c.name for c in concepts)}: the loss became {value} at step {step + 1}; the checkpoint "
-                f"of an earlier step stays in {scratch}; lower training.learning_rate (now {settings.learning_rate})"
-            )
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm).item()
+        for what, number in (("loss", value), ("gradient", norm)):
+            if not math.isfinite(number):
+                raise TrainingDiverged(
+                    f"{', '.join(c.name for c in concepts)}: the {what} became {number} at step {step + 1}; the "
+                    f"checkpoint of an earlier step stays in {scratch}; lower training.learning_rate "
+                    f"(now {settings.learning_rate})"
+                )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value)
         log.add_scalar("loss", value, step + 1)
-        log.add_scalar("gradient_norm", norm.item(), step + 1)
+        log.add_scalar("gradient_norm", norm, step + 1)
         if progress:
             progress(step + 1, value)
         done = step + 1 == settings.steps
-        if (step + 1) % settings.checkpoint_every == 0 or done:
-            save()
         if sample and ((step + 1) % settings.sample_every == 0 or done):
             path = scratch / f"samples-{step + 1:05d}.png"
-            sample(path, step + 1)
+            with autocast:
+                sample(path, step + 1)
             log.add_image("samples", np.asarray(Image.open(path)), step + 1, dataformats="HWC")
+        # after the samples: what a checkpoint has passed is not drawn again
+        if (step + 1) % settings.checkpoint_every == 0 or done:
+            save()
     log.close()
 
     deltas = {n: (w.detach().float() - original[n].float()).cpu() for n, w in matrices.items()}
@@ -231,10 +234,10 @@ def _loss(
         weights = torch.cat([weights, torch.full((len(prior.latents),), settings.prior_weight / len(prior.latents))])
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     noise = torch.randn(latents.shape, generator=generator).to(device)
-    count = backbone.scheduler.config.num_train_timesteps
+    count = backbone.noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, count, (len(latents),), generator=generator).to(device)
     latents = latents.to(device)
-    noisy = backbone.scheduler.add_noise(latents, noise, timesteps)
-    target = target_of(backbone.scheduler, latents, noise, timesteps)
+    noisy = backbone.noise_scheduler.add_noise(latents, noise, timesteps)
+    target = target_of(backbone.noise_scheduler, latents, noise, timesteps)
     prediction = backbone.denoise(noisy.to(backbone.dtype), timesteps, text)
     return (masked_loss(prediction, target, masks.to(device)) * weights.to(device)).sum()

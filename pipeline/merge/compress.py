@@ -21,7 +21,7 @@ def weighted_factors(
         max_rank: upper bound of every layer's rank. max_bytes: of all factors together at 2 bytes a number.
 
     Returns: the factors (float32), and the relative error ||(dW - L R) G^(1/2)|| / ||dW G^(1/2)|| over all layers.
-    Raises: ValueError when max_bytes does not even pay for one singular value.
+    Raises: ValueError when max_bytes does not even pay for one rank of every layer.
     """
     factor = torch.linalg.cholesky(gram)  # G = F F^T, ||dW F|| = ||dW G^(1/2)||
     spectra = {}
@@ -33,14 +33,18 @@ def weighted_factors(
         total += float(values.square().sum())
         price = 2 * sum(delta.shape)
         worth += [(float(v) ** 2 / price, price, layer) for v in values[:max_rank]]
-    ranks = dict.fromkeys(deltas, 0)
-    spent = kept = 0.0
-    for value, price, layer in sorted(worth, key=lambda w: -w[0]):
-        if max_bytes is not None and spent + price > max_bytes:
+    worth.sort(key=lambda w: -w[0])
+    # one rank for every layer first: loaders know no layer of rank 0
+    firsts = [next(w for w in worth if w[2] == layer) for layer in deltas]
+    ranks = dict.fromkeys(deltas, 1)
+    spent, kept = sum(price for _, price, _ in firsts), sum(value * price for value, price, _ in firsts)
+    if max_bytes is not None and spent > max_bytes:
+        raise ValueError(f"compress.max_bytes is {max_bytes}, but one rank of every layer costs {spent} bytes")
+    for entry in worth:
+        value, price, layer = entry
+        if entry in firsts or (max_bytes is not None and spent + price > max_bytes):
             continue
         spent, kept, ranks[layer] = spent + price, kept + value * price, ranks[layer] + 1
-    if not any(ranks.values()):
-        raise ValueError(f"compress: max_bytes {max_bytes} does not hold a single rank; the smallest costs {price}")
     left, right = {}, {}
     for layer, (u, values, vh) in spectra.items():
         r = ranks[layer]

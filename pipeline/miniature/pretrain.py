@@ -5,7 +5,8 @@
 
 Stages: corpus, autoencoder, clip, identity, latents, unet, export. Each keeps its state in `--out`: a run that is
 stopped goes on where it was, and `--steps` larger than before trains further. `export` writes the shipped files
-(float16) from the states, at any time, also while a stage runs.
+(float16) from the states, at any time, also while a stage runs; `adopt` is its inverse: it makes states of the shipped
+weights, for training them further on another machine. `preview` draws what the autoencoder makes of some scenes.
 """
 
 from __future__ import annotations
@@ -493,6 +494,23 @@ def export(out: Path, package: Path = PACKAGE) -> None:
     )
 
 
+def adopt(out: Path, package: Path = PACKAGE) -> None:
+    """Start from the shipped weights where a stage has no state yet, so that training goes on from them."""
+    shutil.copytree(package / "model" / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    for name, file in {
+        "autoencoder": "model/vae/diffusion_pytorch_model.safetensors",
+        "clip": "clip/open_clip_model.safetensors",
+        "identity": "identity/model.safetensors",
+        "unet": "model/unet/diffusion_pytorch_model.safetensors",
+    }.items():
+        if not (out / f"{name}.safetensors").exists():
+            tensors, _ = load_tensors(package / file)
+            tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+            averages = {} if name == "identity" else {f"ema.{k}": v.clone() for k, v in tensors.items()}
+            current = {f"model.{k}": v for k, v in tensors.items()}
+            save_tensors(out / f"{name}.safetensors", current | averages, {"step": "0"})
+
+
 @torch.no_grad()
 def preview(out: Path) -> None:
     """`autoencoder.png`: scenes above, their reconstructions below."""
@@ -507,7 +525,7 @@ def preview(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the states of the stages are kept")
-    parser.add_argument("--stage", choices=(*STAGES, "preview"), help="only this stage (default: all)")
+    parser.add_argument("--stage", choices=(*STAGES, "adopt", "preview"), help="only this stage (default: all)")
     parser.add_argument("--steps", type=int, help="with --stage: train to this many steps in all")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -519,6 +537,7 @@ def main() -> None:
         "latents": make_latents,
         "unet": train_unet,
         "export": export,
+        "adopt": adopt,
         "preview": preview,
     }
     for stage in [arguments.stage] if arguments.stage else STAGES:

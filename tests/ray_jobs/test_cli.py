@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ import yaml
 from PIL import Image
 
 from pipeline.miniature.world import concept_images
+from pipeline.spec import MINIATURE
 from ray_jobs import cli
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
@@ -93,13 +99,18 @@ def _base_without_cross_attention(folder: Path) -> dict:
     config = {**blocks, "block_out_channels": [32], "sample_size": 8, "layers_per_block": 1}
     (folder / "base" / "unet" / "config.json").write_text(json.dumps(config))
     (folder / "base" / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
-    return {"base": "base"}
+    return _other_base("base")
+
+
+def _other_base(base: str) -> dict:
+    clip = {"clip": str(MINIATURE / "clip")}
+    return {"base": base, "training": {"regularization": "none"}, "evaluation": clip}
 
 
 def _base_without_unet(folder: Path) -> dict:
     (folder / "base").mkdir()
     (folder / "base" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
-    return {"base": "base"}
+    return _other_base("base")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,12 @@ def _base_without_unet(folder: Path) -> dict:
     [
         (_no_images, r"concepts[0] (outlined-cat)"),
         (_corrupt_images, r"0.png"),
-        (lambda _: {"base": "./nowhere"}, "base './nowhere': no diffusers model there"),
+        (_odd_corpus, "corpus.parquet"),
+        (
+            lambda _: {"base": "x/y"},
+            "retrieval.corpus: 'miniature' knows only its own",
+        ),
+        (lambda _: _other_base("./nowhere"), "base './nowhere': no diffusers model there"),
         (_base_without_unet, "no UNet with text cross-attention"),
         (lambda _: {"retrieval": {"corpus": "nothing.parquet"}}, "nothing.parquet"),
         (lambda _: {"retrieval": {"clip": "/no/clip"}}, "CLIP directory /no/clip: not there"),
@@ -199,3 +215,28 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
     spoiled.write_bytes(spoiled.read_bytes() + b"x")
     code, _, err = run("verify", releases, capsys=capsys)
     assert code == 1 and "merged.safetensors" in err
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(batch, tmp_path):
+    """Killed in the middle of training: what was finished is not repeated, and the weights are the undisturbed ones."""
+    training = {"steps": 12, "batch_size": 2, "views": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
+    path = batch(training=training, evaluation={"samples": 1, "steps": 1, "identity": ""})
+    command = [sys.executable, "-m", "ray_jobs.concept_batch", str(path)]
+    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    store = tmp_path / "runs/small/store"
+    deadline = time.monotonic() + 300
+    while not list(store.glob(".scratch/*/checkpoint.safetensors")) and first.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
+    assert 0 < len(stamps) < 13
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    resumed = {p.parent.name: p.read_bytes() for p in store.glob("train/*/weights.safetensors")}
+
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
+    whole = {p.parent.name: p.read_bytes() for p in (tmp_path / "whole/store").glob("train/*/weights.safetensors")}
+    assert len(whole) == 2 and resumed == whole
