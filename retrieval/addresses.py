@@ -129,7 +129,7 @@ def _judge_host(host: str, local: bool) -> tuple[str, str] | None:
 def _resolve(host: str, port: int | None, local: bool) -> list[tuple[str, int]]:
     """Resolve a host; PermissionError unless all its addresses are allowed."""
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [(str(sockaddr[0]), int(sockaddr[1])) for *_, sockaddr in answers]
+    addresses: list[tuple[str, int]] = [sockaddr[:2] for *_, sockaddr in answers]  # type: ignore[misc]
     for address, _ in addresses:
         if not is_allowed(address.partition("%")[0], local=local):
             raise PermissionError(f"{host} has the address {address}, which is not a public one")
