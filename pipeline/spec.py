@@ -244,10 +244,15 @@ class ConceptBatch(Section):
 
     @property
     def base_path(self) -> str:
-        return str(MINIATURE / "model") if self.base == "miniature" else self.base
+        return base_path(self.base)
 
     def prompts_of(self, concept: Concept) -> tuple[str, ...]:
         return concept.prompts or self.evaluation.prompts
+
+
+def base_path(base: str) -> str:
+    """The base model's place: the package's folder for `miniature`."""
+    return str(MINIATURE / "model") if base == "miniature" else base
 
 
 def clip_path(clip: str) -> str:

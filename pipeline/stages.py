@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.evaluation.alignment import Judges, scores
 from pipeline.merge.compress import in_half, shared_factors, weighted_factors
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.solve import Constraint, constraint_of, merge, regularization_rows, report
+from pipeline.merge.solve import Constraint, constraint_of, damped_gram, merge, regularization_rows, report
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
@@ -207,8 +207,7 @@ def merge_concepts(work: Work) -> None:
     captions = _captions(work.inputs.get("regularization", []), settings["captions"], trained)
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    gram = rows.T @ rows
-    gram += settings["damping"] * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram, _ = damped_gram(rows, settings["damping"])
     constraints: list[Constraint] = []
     tokens: dict[str, list[torch.Tensor]] = {}
     concepts: list[dict[str, str]] = []

@@ -81,11 +81,11 @@ def sample(
 
     from pipeline.merge.files import load_change
     from pipeline.sampling import draw, grid
-    from pipeline.spec import MINIATURE
+    from pipeline.spec import base_path
     from training.backbone import load_backbone
 
     deltas, tokens, digest = load_change(weights)
-    backbone = load_backbone(MINIATURE / "model" if base == "miniature" else base)
+    backbone = load_backbone(base_path(base))
     if digest and digest != backbone.digest:
         raise ValueError(f"{weights} was trained over a base with digest {digest}, but {base!r} has {backbone.digest}")
     prompts = [p for p in prompt for _ in range(count)]
@@ -113,10 +113,9 @@ def merge(
 ) -> None:
     """Fold concept weights into one low-rank model, without a batch file."""
     from pipeline.merge.files import merge_files
-    from pipeline.spec import MINIATURE
+    from pipeline.spec import base_path
 
-    place = MINIATURE / "model" if base == "miniature" else base
-    model, report = merge_files(weights, captions, place, form=form)
+    model, report = merge_files(weights, captions, base_path(base), form=form)
     model.save(out)
     worst = max(report.residuals.items(), key=lambda item: item[1])
     print(

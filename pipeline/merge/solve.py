@@ -92,6 +92,13 @@ def regularization_rows(backbone: Backbone, captions: Sequence[str], batch_size:
     return torch.cat(rows)
 
 
+def damped_gram(regularization: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """G = C_reg^T C_reg (d, d) with `damping` times its mean diagonal added, and that mean before damping."""
+    gram = regularization.T @ regularization
+    scale = gram.diagonal().mean()
+    return gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype), scale
+
+
 def merge(
     constraints: Sequence[Constraint],
     regularization: torch.Tensor,
@@ -115,9 +122,7 @@ def merge(
     """
     C = torch.cat([c.rows for c in constraints])
     s, d = C.shape
-    G = regularization.T @ regularization
-    scale = G.diagonal().mean()
-    G = G + damping * scale * torch.eye(d, dtype=G.dtype)
+    G, scale = damped_gram(regularization, damping)
     layers = list(constraints[0].changes)
     demands = {layer: torch.cat([c.changes[layer] for c in constraints]) for layer in layers}
     if form == "hard":
