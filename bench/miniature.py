@@ -59,7 +59,7 @@ def render_pairs(pairs: list[Pair]) -> list[Image.Image]:
     for i, (cls, background) in enumerate(pairs):
         rng = np.random.default_rng([1, i])
         styles = world.styles_of(cls)
-        size = float(rng.uniform(34, 52))
+        size = float(rng.uniform(*world.SIZES))
         images.append(_view(rng, cls, styles[i % len(styles)], background, size))
     return images
 
@@ -75,10 +75,8 @@ def generate(pipe: StableDiffusionPipeline, prompts: list[str]) -> list[Image.Im
 
 
 def _view(rng: np.random.Generator, cls: str, style: str, background: str, size: float) -> Image.Image:
-    room = max(3.0, (world.SIZE - size) / 2)
-    x, y = world.SIZE / 2 + rng.uniform(-room, room, 2)
-    angle, flip = float(rng.uniform(-12, 12)), bool(rng.random() < 0.5)
-    sprite = world.Sprite(cls, style, size, float(x), float(y), angle, flip)
+    angle, flip = float(rng.uniform(-8, 8)), bool(rng.random() < 0.5)
+    sprite = world.Sprite(cls, style, size, *world.near_middle(size, rng), angle, flip)
     return world.render(world.Scene((sprite,), background, int(rng.integers(2**31)), ""))[0]
 
 

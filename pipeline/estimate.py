@@ -1,13 +1,15 @@
 """What a plan will cost: seconds and memory of each stage, before anything runs.
 
-Operations are counted by running the base model's layers on the meta device (shapes only). Seconds are operations over
-the device's speed on one matrix product, times how much of that the models reach, measured on the miniature with
-`make demo`. Network time is not estimated.
+Operations, and the bytes that a training step keeps for its backward pass, are counted by running the base model's
+layers on the meta device (shapes only). Seconds are operations over the device's speed on one matrix product, times how
+much of that the models reach, measured on the miniature with `make demo`. Network time is not estimated.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.plan import Plan, Stage
+from training.attention import training_dtype, use_attention
 from training.backbone import local_model, text_kv_layers
 
 REACHED = 0.35
@@ -32,22 +36,52 @@ class Estimate:
     gib: float | None
 
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PROCESS = 0.9 * 2**30
+"""Bytes of a process that has imported everything and done a step, beyond tensors; measured on the CPU."""
+TRAINED_BYTES = 16
+"""Of a trained number in float32: itself, its gradient and the two averages of Adam."""
+
+
 @dataclass(frozen=True)
 class _Model:
     unet_flops: float
     vae_flops: float
     parameters: int
     trained: int
+    kept_bytes: float
+    """What one sample of a training step keeps for the backward pass, float32."""
 
 
 def estimates(plan: Plan) -> dict[str, Estimate]:
-    """Stage key -> estimate, for each stage of the plan."""
+    """Stage key -> estimate, for each stage of the plan; a training's is that of a pack of its own."""
     model, speed = _measure(local_model(plan.batch.base_path)), _device_speed()
     return {stage.key: _estimate(stage, plan, model, speed) for stage in plan}
 
 
+def pack_bytes(plan: Plan, members: int) -> float:
+    """Peak memory, bytes, of a process (on the CPU) or device that trains so many sets of weights as one pack."""
+    return _pack_bytes(plan, _measure(local_model(plan.batch.base_path)), members)
+
+
+def pack_size(plan: Plan, memory: float) -> int:
+    """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free."""
+    model = _measure(local_model(plan.batch.base_path))
+    alone, each = _pack_bytes(plan, model, 1), _pack_bytes(plan, model, 2) - _pack_bytes(plan, model, 1)
+    return max(1, 1 + int((0.9 * memory - alone) // each))
+
+
+def _pack_bytes(plan: Plan, model: _Model, members: int) -> float:
+    settings = plan.batch.training
+    width = 2 if training_dtype(settings.precision) == torch.bfloat16 else 4
+    samples = settings.batch_size * (2 if settings.regularization == "real" else 1)
+    each = model.trained * TRAINED_BYTES + samples * model.kept_bytes * width / 4
+    process = 0 if torch.cuda.is_available() else PROCESS
+    return process + model.parameters * width + members * each
+
+
 def _estimate(stage: Stage, plan: Plan, model: _Model, speed: float) -> Estimate:
-    resident = model.parameters * 4 / 2**30
+    resident = (PROCESS + model.parameters * 4) / 2**30
     if stage.kind == "features":
         views = len(stage.params["images"]) * max(1, stage.params["views"]) + plan.batch.retrieval.images
         return Estimate(views * model.vae_flops / speed, resident)
@@ -56,39 +90,63 @@ def _estimate(stage: Stage, plan: Plan, model: _Model, speed: float) -> Estimate
         samples = settings["batch_size"] * (2 if settings["regularization"] == "real" else 1)
         # forward, and backward for the activations; K/V gradients are small beside
         seconds = settings["steps"] * samples * 2 * model.unet_flops / speed
-        return Estimate(seconds, resident + model.trained * 16 / 2**30 + samples * model.unet_flops / 4e11)
+        return Estimate(seconds, _pack_bytes(plan, model, 1) / 2**30)
     if stage.kind == "evaluate":
         settings = stage.params["evaluation"]
-        images = 4 * len(stage.params["prompts"]) * settings["samples"]
+        images = len(stage.params["prompts"]) * settings["samples"]
         return Estimate(images * settings["steps"] * 2 * model.unet_flops / speed, resident)
     if stage.kind == "merge":
         return Estimate(None, resident + len(plan.batch.concepts) * model.trained * 4 / 2**30)
     return Estimate(None, None)
 
 
+@functools.lru_cache(maxsize=2)
 def _measure(folder: Path) -> _Model:
     def config(part: str) -> dict[str, Any]:
         return json.loads((folder / part / "config.json").read_text())
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config("unet"))
+        unet = UNet2DConditionModel.from_config(config("unet")).requires_grad_(False)
         vae = AutoencoderKL.from_config(config("vae"))
+        use_attention(unet, "sdpa")
         side, width = unet.config.sample_size, unet.config.cross_attention_dim
         latents = torch.empty(1, unet.config.in_channels, side, side)
         added = None
         if unet.config.addition_embed_type == "text_time":
             added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        with FlopCounterMode(display=False) as unet_count, torch.no_grad():
-            unet(latents, torch.ones(1), torch.empty(1, 77, width), added_cond_kwargs=added)
+        trained = text_kv_layers(unet)
+        for layer in trained.values():
+            layer.weight.requires_grad_()
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with (
+            FlopCounterMode(display=False) as unet_count,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            prediction = unet(latents, torch.ones(1), torch.empty(1, 77, width), added_cond_kwargs=added).sample
+        del prediction
         pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
         with FlopCounterMode(display=False) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
     return _Model(
         unet_count.get_total_flops(),
         vae_count.get_total_flops(),
-        sum(p.numel() for module in (unet, vae) for p in module.parameters()),
-        sum(layer.weight.numel() for layer in text_kv_layers(unet).values()),
+        sum(_numbers(file) for part in PARTS for file in (folder / part).glob("*.safetensors")),
+        sum(layer.weight.numel() for layer in trained.values()),
+        sum(kept.values()),
     )
+
+
+def _numbers(file: Path) -> int:
+    with safe_open(file, framework="pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def _device_speed() -> float:

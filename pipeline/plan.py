@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.merge.constraints import row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.spec import Concept, ConceptBatch, clip_path
@@ -25,12 +26,18 @@ VERSIONS = {
     "candidates": 1,
     "regularization": 1,
     "features": 1,
-    "train": 1,
-    "merge": 1,
-    "evaluate": 1,
-    "release": 1,
+    "train": 2,
+    "constraints": 1,
+    "sums": 1,
+    "merge": 2,
+    "evaluate": 2,
+    "release": 2,
 }
 """Kind -> version; raised when a stage's code makes other results from the same parameters."""
+
+
+SUMMED = 512
+"""Concepts whose sums one task adds up, when the merge takes the soft form."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,14 @@ class Stage:
         return [stage for stage in self.inputs if stage.kind == kind]
 
 
+class UnusableConcepts(ValueError):
+    """Concepts whose images cannot be used. concepts: name -> why."""
+
+    def __init__(self, concepts: dict[str, str]) -> None:
+        super().__init__("\n".join(concepts.values()))
+        self.concepts = concepts
+
+
 @dataclass(frozen=True)
 class Plan:
     """The stages of a batch, each after its inputs; `release` is the last."""
@@ -66,6 +81,13 @@ class Plan:
     def of(self, kind: str) -> list[Stage]:
         return [stage for stage in self.stages if stage.kind == kind]
 
+    def evaluations(self) -> dict[str, dict[str, Stage]]:
+        """Concept -> model (`base`, `single`, `merged_full`, `merged`) -> its stage."""
+        found: dict[str, dict[str, Stage]] = {}
+        for stage in self.of("evaluate"):
+            found.setdefault(stage.params["concept"], {})[stage.params["model"]] = stage
+        return found
+
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
 
@@ -76,9 +98,9 @@ class Plan:
 def make_plan(batch: ConceptBatch) -> Plan:
     """Look at everything a batch names (images, base, corpus) and lay out its stages. Writes nothing.
 
-    Raises: ValueError naming what is missing or cannot be used.
+    Raises: ValueError naming what is missing or cannot be used; UnusableConcepts when it is only some concepts' images.
     """
-    resolution = check_base(
+    shape = check_base(
         batch.base_path,
         [c.token for c in batch.concepts],
         [_initializer(c) for c in batch.concepts],
@@ -92,7 +114,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
         return stage
 
     digests: dict[str, list[str]] = {}
-    problems = []
+    problems: dict[str, str] = {}
     for i, concept in enumerate(batch.concepts):
         try:
             images = load_images(list(concept.images))
@@ -100,9 +122,9 @@ def make_plan(batch: ConceptBatch) -> Plan:
             notes += [f"{concept.name}: {note}" for note in images.notes]
             notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
         except ValueError as error:
-            problems.append(f"concepts[{i}] ({concept.name}): {error}")
+            problems[concept.name] = f"concepts[{i}] ({concept.name}): {error}"
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UnusableConcepts(problems)
 
     use_regularization = batch.training.regularization == "real"
     retrieval, training = batch.retrieval, batch.training
@@ -146,7 +168,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                         concept.name,
                         {
                             "images": retrieval.images,
-                            "size": resolution,
+                            "size": shape.resolution,
                             "exclude": digests[concept.name],
                             "block_list": blocked,
                             "base_url": retrieval.base_url,
@@ -172,40 +194,46 @@ def make_plan(batch: ConceptBatch) -> Plan:
 
     groups = [list(batch.concepts)] if training.method == "joint" else [[c] for c in batch.concepts]
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
+    constraints = [
+        add(Stage("constraints", t.name, {"prompts": list(batch.merge.prompts)}, (t,), {"base": batch.base_path}))
+        for t in trained
+    ]
+    rows = sum(row_count(shape.tokenizer, batch.merge.prompts, c.class_word) for c in batch.concepts)
+    sums: list[Stage] = []
+    if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
+        if batch.merge.form == "hard":
+            raise ValueError(
+                f"merge.form: {len(batch.concepts)} concepts make {rows} constraint rows, but text features "
+                f"{shape.text_width} wide can meet at most {shape.text_width} exactly; use 'auto' or 'soft', or fewer "
+                "concepts or constraint prompts"
+            )
+        sums = [
+            add(Stage("sums", f"{SUMMED} from {i}", {}, tuple(constraints[i : i + SUMMED])))
+            for i in range(0, len(constraints), SUMMED)
+        ]
     regularization = tuple(s for s in stages if s.kind == "regularization")
     merged = add(
         Stage(
             "merge",
             "all concepts",
-            {"merge": batch.merge.model_dump(), "compress": batch.compress.model_dump()},
-            (*trained, *regularization),
+            {"merge": batch.merge.model_dump(exclude={"partial", "prompts"}), "compress": batch.compress.model_dump()},
+            (*(trained if len(trained) == 1 else ()), *constraints, *sums, *regularization),
             {"base": batch.base_path},
         )
     )
+    judges = base | {
+        "clip": clip_digest(clip_path(batch.evaluation.clip)),
+        "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
+    }
     measured = [
-        add(
-            Stage(
-                "evaluate",
-                concept.name,
-                {
-                    "evaluation": batch.evaluation.model_dump(exclude={"prompts", "clip"}),
-                    "clip": clip_digest(clip_path(batch.evaluation.clip)),
-                    "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
-                    "prompts": list(batch.prompts_of(concept)),
-                    "concept": concept.name,
-                    "phrase": [concept.token, concept.class_word],
-                    "images": digests[concept.name],
-                },
-                (merged, next(s for s in trained if concept.name in s.params["concepts"])),
-                {
-                    "base": batch.base_path,
-                    "images": list(concept.images),
-                    "clip": clip_path(batch.evaluation.clip),
-                    "attention": training.attention,
-                },
-            )
-        )
+        add(_evaluate_stage(batch, concept, judges | {"images": digests[concept.name], "model": model}, inputs))
         for concept in batch.concepts
+        for model, inputs in (
+            ("base", ()),
+            ("single", tuple(s for s in trained if concept.name in s.params["concepts"])),
+            ("merged_full", (merged,)),
+            ("merged", (merged,)),
+        )
     ]
     add(
         Stage(
@@ -229,17 +257,20 @@ _PLACES: dict[str, Any] = {
     "publish": {"to"},
     "concepts": {"__all__": {"images"}},
     "retrieval": {"corpus", "base_url", "block_list"},
-    "training": {"attention", "checkpoint_every", "sample_every"},
+    "training": {"attention", "pack_size", "checkpoint_every", "sample_every"},
+    "merge": {"partial"},
 }
 """What of a batch says where or how, not what: no part of a release."""
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
     settings = batch.training.model_dump(
-        exclude={"method", "augment", "views", "attention", "checkpoint_every", "sample_every"}
+        exclude={"method", "augment", "views", "attention", "pack_size", "checkpoint_every", "sample_every"}
     )
-    settings["steps"] = batch.training.steps or 250 * len(group)
-    settings["token_learning_rate"] = batch.training.token_learning_rate or batch.training.learning_rate
+    if len(group) == 1:
+        settings |= group[0].training.model_dump(exclude_none=True)
+    settings["steps"] = settings["steps"] or 250 * len(group)
+    settings["token_learning_rate"] = settings["token_learning_rate"] or settings["learning_rate"]
     concepts = {c.name: [c.token, c.class_word, _initializer(c)] for c in group}
     return Stage(
         "train",
@@ -251,6 +282,27 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
             "attention": batch.training.attention,
             "checkpoint_every": batch.training.checkpoint_every,
             "sample_every": batch.training.sample_every or settings["steps"],
+        },
+    )
+
+
+def _evaluate_stage(batch: ConceptBatch, concept: Concept, params: dict[str, Any], inputs: tuple[Stage, ...]) -> Stage:
+    return Stage(
+        "evaluate",
+        f"{concept.name}: {params['model']}",
+        params
+        | {
+            "evaluation": batch.evaluation.model_dump(exclude={"prompts", "clip"}),
+            "prompts": list(batch.prompts_of(concept)),
+            "concept": concept.name,
+            "phrase": [concept.token, concept.class_word],
+        },
+        inputs,
+        {
+            "base": batch.base_path,
+            "images": list(concept.images),
+            "clip": clip_path(batch.evaluation.clip),
+            "attention": batch.training.attention,
         },
     )
 

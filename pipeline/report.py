@@ -69,7 +69,7 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     for stage in plan:
         seconds.setdefault(stage.kind, {})[stage.name] = store.manifest(stage.kind, stage.key)["seconds"]
     sizes = merged["bytes"] | {"merged_factors": (folder / "full.safetensors").stat().st_size}
-    concepts = {stage.params["concept"]: _figures(stage, plan, store) for stage in plan.of("evaluate")}
+    concepts = {name: _figures(stages, plan, store) for name, stages in plan.evaluations().items()}
     figures = {
         "name": plan.batch.name,
         "release": release,
@@ -89,7 +89,7 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
 
 
 def compare(table: pd.DataFrame) -> dict[str, float]:
-    """What the models of a `scores.parquet` changed; NaN where it cannot be said.
+    """What the models of a concept's scores changed; NaN where it cannot be said.
 
     All models drew the same prompts from the same seeds, so gains over the base are means of differences image
     by image:
@@ -117,8 +117,9 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
     return result
 
 
-def _figures(stage: Stage, plan: Plan, store: Store) -> dict[str, Any]:
-    table = pd.read_parquet(store.path("evaluate", stage.key) / "scores.parquet")
+def _figures(stages: dict[str, Stage], plan: Plan, store: Store) -> dict[str, Any]:
+    table = pd.concat([pd.read_parquet(store.path(s.kind, s.key) / "scores.parquet") for s in stages.values()])
+    stage = stages["merged"]
     token, class_word = stage.params["phrase"]
     figures: dict[str, Any] = {"token": token, "class_word": class_word, **measures(table), **compare(table)}
     regularization = _regularization(stage.params["concept"], plan, store)
@@ -213,12 +214,13 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
 
 def _concepts(plan: Plan, store: Store, figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What the page shows of each concept."""
-    count = len(plan.of("evaluate"))
+    evaluations = plan.evaluations()
+    count = len(evaluations)
     thumbnails, prompts = max(3, min(12, 150 // count)), max(1, min(8, 40 // count))
     shown: list[dict[str, Any]] = []
     trainings: dict[str, str] = {}
-    for stage in plan.of("evaluate"):
-        name = stage.params["concept"]
+    for name, stages in evaluations.items():
+        stage = stages["single"]
         own = load_images(stage.places["images"]).images
         regularization = _regularization(name, plan, store)
         nearest = itertools.islice(regularization or [], thumbnails)
@@ -235,7 +237,7 @@ def _concepts(plan: Plan, store: Store, figures: dict[str, Any]) -> list[dict[st
                 # concepts trained together share a curve, shown once
                 "training": _training(store.path("train", trained.key)) if first == name else None,
                 "training_at": first,
-                "prompts": _drawn(stage, store.path("evaluate", stage.key))[:prompts],
+                "prompts": _drawn(stages, store)[:prompts],
                 "prompt_count": len(stage.params["prompts"]),
             }
         )
@@ -255,12 +257,14 @@ def _training(folder: Path) -> dict[str, Any]:
     }
 
 
-def _drawn(stage: Stage, folder: Path) -> list[dict[str, Any]]:
+def _drawn(stages: dict[str, Stage], store: Store) -> list[dict[str, Any]]:
     """Per prompt, the row of images that each model drew from the same seeds."""
-    prompts = stage.params["prompts"]
-    grids = {model: Image.open(folder / f"{model}.png").convert("RGB") for model in COLOURS}
+    prompts = stages["merged"].params["prompts"]
+    grids = {
+        model: Image.open(store.path("evaluate", stages[model].key) / "images.png").convert("RGB") for model in COLOURS
+    }
     side = grids["base"].height // len(prompts)
-    phrase = " ".join(stage.params["phrase"])
+    phrase = " ".join(stages["merged"].params["phrase"])
     return [
         {
             "prompt": prompt.replace("{}", phrase),

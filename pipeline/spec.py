@@ -27,6 +27,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class ConceptTraining(Section):
+    """What one concept trains with instead of the batch's settings, when trained separately."""
+
+    steps: Positive | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    token_learning_rate: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0)
+
+
 class Concept(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
@@ -42,6 +51,8 @@ class Concept(Section):
     """Prompts to measure and show this concept with, `{}` standing for the concept; the batch's when empty."""
     class_prompt: str = ""
     """Regularisation images are those with captions nearest to this; the class word when empty."""
+    training: ConceptTraining = ConceptTraining()
+    """Its own steps, learning rates and seed."""
 
     @field_validator("images", "prompts", mode="before")
     @classmethod
@@ -113,6 +124,8 @@ class Training(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    pack_size: Positive | Literal["auto"] = "auto"
+    """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds."""
     seed: int = Field(0, ge=0)
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
@@ -125,8 +138,10 @@ class Training(Section):
 
 
 class Merge(Section):
-    form: Literal["hard", "soft"] = "hard"
-    """Constraints met exactly, or as a penalty."""
+    partial: bool = False
+    """Go on without the concepts that failed (the run then ends with exit code 1); otherwise nothing is merged."""
+    form: Literal["auto", "hard", "soft"] = "auto"
+    """Constraints met exactly, or as a penalty; auto: exactly while their rows are independent."""
     penalty: float = Field(100.0, gt=0)
     """mu of the soft form, relative to the mean of G's diagonal."""
     captions: Positive = 1000
@@ -201,6 +216,13 @@ class ConceptBatch(Section):
                         f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
                     )
                 seen[value] = i
+        return self
+
+    @model_validator(mode="after")
+    def _joint_concepts_share_their_training(self) -> ConceptBatch:
+        own = [i for i, c in enumerate(self.concepts) if c.training != ConceptTraining()]
+        if self.training.method == "joint" and own:
+            raise ValueError(f"concepts[{own[0]}].training: concepts trained jointly share the batch's training")
         return self
 
     @model_validator(mode="after")

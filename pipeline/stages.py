@@ -1,4 +1,5 @@
-"""What each stage does: plain functions from artifacts to an artifact; `run_stage` finds inputs, keeps results."""
+"""What each stage does: plain functions from artifacts to an artifact; `run_stage` finds inputs, keeps results.
+Training is the exception: `train_pack` makes the artifacts of several stages at once."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,15 @@ from PIL import Image
 
 from pipeline.evaluation.alignment import Judges, scores
 from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.merge.constraints import (
+    Constraint,
+    constraint_of,
+    load_constraints,
+    regularization_rows,
+    save_constraints,
+)
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.solve import Constraint, constraint_of, damped_gram, merge, regularization_rows, report
+from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
@@ -36,6 +46,7 @@ from retrieval.regularization import RegularizationSet
 from retrieval.select import candidates
 from training.attention import training_dtype, use_attention
 from training.backbone import Backbone, load_backbone
+from training.checkpoint import load_tensors, save_tensors
 from training.features import (
     ConceptFeatures,
     RegularizationFeatures,
@@ -43,8 +54,8 @@ from training.features import (
     regularization_features,
 )
 from training.images import load_images
-from training.loop import TrainingConcept, TrainingSettings, train
-from training.weights import ConceptWeights
+from training.loop import Member, TrainingConcept, TrainingDiverged, TrainingSettings, train
+from training.weights import ConceptWeights, token_tensors, tokens_from
 
 Progress = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and how many there are."""
@@ -151,19 +162,63 @@ def features(work: Work) -> None:
         regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
 
 
-def train_concepts(work: Work) -> None:
-    params, places = work.stage.params, work.stage.places
-    values = dict(params["training"])
-    backbone = _backbone(places["base"], training_dtype(values.pop("precision")))
+def train_pack(
+    stages: Sequence[Stage], store: Store, progress: Callable[[Stage, str, int, int], None]
+) -> dict[str, str]:
+    """Train the stages as one concept pack over one resident base; those the store has are left out.
+
+    Each artifact is written as its member ends. Returns: key -> why, of the stages whose training diverged.
+    """
+    todo = [stage for stage in stages if not store.has(stage.kind, stage.key)]
+    if not todo:
+        return {}
+    params, places = todo[0].params, todo[0].places
+    backbone = _backbone(places["base"], training_dtype(params["training"]["precision"]))
     use_attention(backbone.unet, places["attention"])
-    values.pop("regularization")
+    members = [_member(stage, store) for stage in todo]
+    stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
+
+    def sample(member: Member, path: Path, step: int) -> None:
+        prompts = [
+            member.settings.prompt.format(f"{c.token} {c.class_word}") for c in member.concepts for _ in range(4)
+        ]
+        images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
+        rows = [images[i : i + 4] for i in range(0, len(images), 4)]
+        grid(rows, labels=[f"{c.name}, step {step}" for c in member.concepts]).save(path)
+
+    def report_step(member: Member, step: int, loss: float) -> None:
+        progress(stage_of[id(member)], "steps", step, member.settings.steps)
+
+    failures = {}
+    start = time.time()
+    for member, result in train(backbone, members, sample=sample, progress=report_step):
+        stage = stage_of[id(member)]
+        if isinstance(result, TrainingDiverged):
+            failures[stage.key] = str(result)
+            continue
+        seconds = round((time.time() - start) / len(members), 3)  # its part of the pack's
+        description = {"name": stage.name, "params": stage.params, "seconds": seconds}
+        with store.create(stage.kind, stage.key, description) as out:
+            result.save(out / "weights.safetensors")
+            shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
+            for path in sorted(member.scratch.glob("samples-*.png")):
+                shutil.copy(path, out)
+    return failures
+
+
+def _member(stage: Stage, store: Store) -> Member:
+    """What a stage of the kind `train` says, with the features of its concepts."""
+    values = dict(stage.params["training"])
+    for key in ("precision", "regularization"):
+        values.pop(key)
     settings = TrainingSettings(
-        **values, checkpoint_every=places["checkpoint_every"], sample_every=places["sample_every"]
+        **values, checkpoint_every=stage.places["checkpoint_every"], sample_every=stage.places["sample_every"]
     )
     concepts = []
-    for (name, (token, class_word, initializer)), folder in zip(
-        params["concepts"].items(), work.inputs["features"], strict=True
+    for (name, (token, class_word, initializer)), upstream in zip(
+        stage.params["concepts"].items(), stage.inputs_of("features"), strict=True
     ):
+        folder = store.path(upstream.kind, upstream.key)
         prior = folder / "regularization.safetensors"
         concepts.append(
             TrainingConcept(
@@ -175,53 +230,60 @@ def train_concepts(work: Work) -> None:
                 RegularizationFeatures.load(prior) if prior.exists() else None,
             )
         )
-
-    def sample(path: Path, step: int) -> None:
-        prompts = [settings.prompt.format(f"{c.token} {c.class_word}") for c in concepts for _ in range(4)]
-        images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
-        rows = [images[i : i + 4] for i in range(0, len(images), 4)]
-        grid(rows, labels=[f"{c.name}, step {step}" for c in concepts]).save(path)
-
-    weights = train(
-        backbone,
-        concepts,
-        settings,
-        scratch=work.scratch,
-        sample=sample,
-        progress=lambda step, loss: work.progress("steps", step, settings.steps),
-    )
-    weights.save(work.out / "weights.safetensors")
-    shutil.copytree(work.scratch / "tensorboard", work.out / "tensorboard")
-    for path in sorted(work.scratch.glob("samples-*.png")):
-        shutil.copy(path, work.out)
+    return Member(concepts, settings, store.scratch(stage.key))
 
 
 # --- merge ---------------------------------------------------------------------------------------------
+
+
+def constraints(work: Work) -> None:
+    """All that the merge needs of a training, small beside its weights: `constraints.safetensors`, its tokens."""
+    backbone = _backbone(work.stage.places["base"], torch.float32)
+    file = work.input("train") / "weights.safetensors"
+    weights = ConceptWeights.load(file)
+    save_constraints(
+        work.out / "constraints.safetensors", constraint_of(backbone, weights, work.stage.params["prompts"])
+    )
+    save_tensors(work.out / "tokens.safetensors", token_tensors(weights.tokens))
+    described = {"concepts": weights.metadata["concepts"], "nbytes": weights.nbytes, "file": file.stat().st_size}
+    (work.out / "trained.json").write_text(json.dumps(described))
+
+
+def add_up(work: Work) -> None:
+    Sums.over(_constraints(work)).save(work.out / "sums.safetensors")
+
+
+def _constraints(work: Work) -> Iterator[Constraint]:
+    """Of all inputs, one file in memory at a time."""
+    for path in work.inputs["constraints"]:
+        yield from load_constraints(path / "constraints.safetensors")
 
 
 def merge_concepts(work: Work) -> None:
     """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`."""
     settings, budget = work.stage.params["merge"], work.stage.params["compress"]
     backbone = _backbone(work.stage.places["base"], torch.float32)
-    trained = [ConceptWeights.load(path / "weights.safetensors") for path in work.inputs["train"]]
-    captions = _captions(work.inputs.get("regularization", []), settings["captions"], trained)
+    described = [json.loads((path / "trained.json").read_text()) for path in work.inputs["constraints"]]
+    concepts = [concept for entry in described for concept in entry["concepts"]]
+    tokens: dict[str, list[torch.Tensor]] = {}
+    for path in work.inputs["constraints"]:
+        tokens |= tokens_from(load_tensors(path / "tokens.safetensors")[0])
+    captions = _captions(work.inputs.get("regularization", []), settings["captions"], concepts)
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    gram, _ = damped_gram(rows, settings["damping"])
-    constraints: list[Constraint] = []
-    tokens: dict[str, list[torch.Tensor]] = {}
-    concepts: list[dict[str, str]] = []
-    for weights in trained:
-        constraints += constraint_of(backbone, weights, settings["prompts"])
-        tokens |= weights.tokens
-        concepts += weights.metadata["concepts"]
-    if len(trained) == 1:
+    gram, scale = damped_gram(rows, settings["damping"])
+    if "train" in work.inputs:
         # one set of weights (a single concept, or joint training) needs no merge, only compression
-        full, _ = weighted_factors(trained[0].deltas, gram)
-        solved = report(full, constraints, rows, base)
+        deltas = ConceptWeights.load(work.input("train") / "weights.safetensors").deltas
+        full, _ = weighted_factors(deltas, gram)
+        solved = report(full, _constraints(work), rows, base)
+    elif "sums" in work.inputs:
+        sums = functools.reduce(operator.add, (Sums.load(path / "sums.safetensors") for path in work.inputs["sums"]))
+        full, condition = solve_soft(sums, gram, settings["penalty"] * scale)
+        solved = report(full, _constraints(work), rows, base, form="soft", condition=condition)
     else:
         full, solved = merge(
-            constraints,
+            list(_constraints(work)),
             rows,
             base,
             form=settings["form"],
@@ -239,14 +301,14 @@ def merge_concepts(work: Work) -> None:
         small, error = shared_factors(full, gram, rank)
     elif SHARED not in full.right:
         # full-rank factors are larger than the matrices: a single set is always cut, to the paper's fifth by default
-        most = budget["max_bytes"] or (None if budget["max_rank"] else trained[0].nbytes // 5)
+        most = budget["max_bytes"] or (None if budget["max_rank"] else described[0]["nbytes"] // 5)
         small, error = weighted_factors(full.deltas, gram, max_rank=budget["max_rank"], max_bytes=most)
     small = in_half(dataclasses.replace(small, tokens=tokens, metadata=metadata))
-    final = report(small, constraints, rows, base)
+    final = report(small, _constraints(work), rows, base)
     full.save(work.out / "full.safetensors")
     small.save(work.out / "merged.safetensors")
     summary = {
-        "form": settings["form"] if len(trained) > 1 else "none",
+        "form": solved.form,
         "rows": solved.rows,
         "regularization_captions": len(captions),
         "condition": solved.condition if math.isfinite(solved.condition) else None,
@@ -254,19 +316,19 @@ def merge_concepts(work: Work) -> None:
         "residuals": solved.residuals,
         "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},
         "bytes": {
-            "concepts": sum(weights.nbytes for weights in trained),
-            "concept_files": sum((path / "weights.safetensors").stat().st_size for path in work.inputs["train"]),
-            "merged_dense": sum(w.nbytes for w in trained[:1]),
+            "concepts": sum(entry["nbytes"] for entry in described),
+            "concept_files": sum(entry["file"] for entry in described),
+            "merged_dense": described[0]["nbytes"],
             "merged": (work.out / "merged.safetensors").stat().st_size,
         },
     }
     (work.out / "report.json").write_text(json.dumps(summary, indent=1))
 
 
-def _captions(sets: list[Path], limit: int, trained: list[ConceptWeights]) -> list[str]:
+def _captions(sets: list[Path], limit: int, concepts: list[dict[str, str]]) -> list[str]:
     """Regularisation captions for G, the same share of each concept's; without any, the bare class words."""
     if not sets:
-        words = {c["class_word"] for weights in trained for c in weights.metadata["concepts"]}
+        words = {concept["class_word"] for concept in concepts}
         return [form.format(word) for word in sorted(words) for form in ("{}", "photo of a {}", "a {}")]
     each = [regularization_set(path).captions() for path in sets]
     share = -(-limit // len(each))
@@ -277,46 +339,36 @@ def _captions(sets: list[Path], limit: int, trained: list[ConceptWeights]) -> li
 
 
 def evaluate(work: Work) -> None:
-    """`scores.parquet`: a row per image; `base.png`, `single.png`, `merged.png`: rows of the same prompts and seeds."""
+    """`scores.parquet`: a row per image that one model drew; `images.png`: the images, a row per prompt."""
     params, places = work.stage.params, work.stage.places
-    settings = params["evaluation"]
+    settings, model = params["evaluation"], params["model"]
     backbone = _backbone(places["base"], torch.float32)
     use_attention(backbone.unet, places["attention"])
     judges = Judges.load(load_clip(places["clip"]), settings["identity"])
-    references = load_images(places["images"]).images
     token, class_word = params["phrase"]
-    full = MergedModel.load(work.input("merge") / "full.safetensors")
-    small = MergedModel.load(work.input("merge") / "merged.safetensors")
-    single = ConceptWeights.load(work.input("train") / "weights.safetensors")
-    models = {
-        "base": ({}, {}),
-        "single": (single.deltas, single.tokens),
-        "merged_full": (full.deltas, full.tokens),
-        "merged": (small.deltas, small.tokens),
-    }
+    change: ConceptWeights | MergedModel | None = None
+    if model == "single":
+        change = ConceptWeights.load(work.input("train") / "weights.safetensors")
+    elif model != "base":
+        file = {"merged_full": "full.safetensors", "merged": "merged.safetensors"}[model]
+        change = MergedModel.load(work.input("merge") / file)
+    # the same prompts and seeds for every model: the differences are the models'
     prompts = [p for p in params["prompts"] for _ in range(settings["samples"])]
     seeds = [settings["seed"] + i for i in range(len(prompts))]
     plain = [p.format(class_word) for p in prompts]
-    tables = []
-
-    def drawn(before: int, done: int) -> None:
-        work.progress("images", before + done, len(models) * len(prompts))
-
-    for number, (model, (deltas, tokens)) in enumerate(models.items()):
-        named = plain if model == "base" else [p.format(f"{token} {class_word}") for p in prompts]
-        with backbone.changed(deltas, tokens):
-            images = draw(
-                backbone,
-                named,
-                seeds=seeds,
-                steps=settings["steps"],
-                guidance=settings["guidance"],
-                progress=functools.partial(drawn, number * len(prompts)),
-            )
-        values = scores(judges, images, plain, references)
-        tables.append(pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}))
-        _save_rows(images, params["prompts"], settings["samples"], work.out / f"{model}.png")
-    pd.concat(tables).to_parquet(work.out / "scores.parquet")
+    named = [p.format(f"{token} {class_word}") for p in prompts]
+    with backbone.changed(*((change.deltas, change.tokens) if change else ({}, {}))):
+        images = draw(
+            backbone,
+            named if change else plain,
+            seeds=seeds,
+            steps=settings["steps"],
+            guidance=settings["guidance"],
+            progress=lambda done: work.progress("images", done, len(prompts)),
+        )
+    values = scores(judges, images, plain, load_images(places["images"]).images)
+    pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}).to_parquet(work.out / "scores.parquet")
+    _save_rows(images, params["prompts"], settings["samples"], work.out / "images.png")
 
 
 def _save_rows(images: list[Image.Image], prompts: list[str], samples: int, path: Path) -> None:
@@ -347,11 +399,14 @@ def release(work: Work) -> None:
     backbone = _backbone(places["base"], torch.float32)
     model = MergedModel.load(work.input("merge") / "merged.safetensors")
     write_formats(model, backbone.pipe, work.out, params["name"])
-    evaluated = {
-        stage.name: measures(pd.read_parquet(path / "scores.parquet"))
-        for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True)
-    }
-    _stacked([path / "merged.png" for path in work.inputs["evaluate"]]).save(work.out / "samples.png")
+    tables: dict[str, list[pd.DataFrame]] = {}
+    strips = []
+    for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):
+        tables.setdefault(stage.params["concept"], []).append(pd.read_parquet(path / "scores.parquet"))
+        if stage.params["model"] == "merged":
+            strips.append(path / "images.png")
+    evaluated = {concept: measures(pd.concat(parts)) for concept, parts in tables.items()}
+    _stacked(strips).save(work.out / "samples.png")
     merge_report = json.loads((work.input("merge") / "report.json").read_text())
     for name, content in (("spec", params["spec"]), ("measures", evaluated), ("merge", merge_report)):
         (work.out / f"{name}.json").write_text(json.dumps(content, indent=1))
@@ -392,7 +447,8 @@ FUNCTIONS: dict[str, Callable[[Work], None]] = {
     "candidates": retrieve,
     "regularization": regularization,
     "features": features,
-    "train": train_concepts,
+    "constraints": constraints,
+    "sums": add_up,
     "merge": merge_concepts,
     "evaluate": evaluate,
     "release": release,

@@ -25,12 +25,19 @@ def _load(path: Path, output: str | None):
 
 @app.command()
 def run(batch_file: BatchFile, output: Output = None) -> None:
-    """Do everything a batch asks for: retrieve, train, merge, measure, publish, report."""
+    """Do everything a batch asks for: retrieve, train, merge, measure, publish, report.
+
+    Exit code 1 when concepts that failed were left out, as `merge.partial` allows; 2 when nothing was released.
+    """
     from ray_jobs.concept_batch import run as run_batch
 
     outcome = run_batch(_load(batch_file, output))
     _print_summary(outcome.summary)
     print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
+    if outcome.failures:
+        for failure in outcome.failures:
+            print(f"left out: {failure}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -109,7 +116,10 @@ def merge(
     captions: Annotated[Path, typer.Option(help="Regularisation captions, one a line.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("merged.safetensors"),
     base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
-    form: Annotated[Literal["hard", "soft"], typer.Option(help="Constraints met exactly, or as a penalty.")] = "hard",
+    form: Annotated[
+        Literal["auto", "hard", "soft"],
+        typer.Option(help="Constraints met exactly, or as a penalty; auto: exactly while they are independent."),
+    ] = "auto",
 ) -> None:
     """Fold concept weights into one low-rank model, without a batch file."""
     from pipeline.merge.files import merge_files
@@ -119,7 +129,7 @@ def merge(
     model.save(out)
     worst = max(report.residuals.items(), key=lambda item: item[1])
     print(
-        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, "
+        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, {report.form} form, "
         f"{out.stat().st_size / 1e6:.2f} MB, worst residual {worst[1]:.1e} ({worst[0]}), drift {report.drift:.3f}"
     )
 

@@ -1,46 +1,54 @@
 """Run a concept batch on Ray: what `ray job submit … -- python -m ray_jobs.concept_batch batch.yaml` starts.
 
-Each stage is one Ray task that waits for its inputs' tasks; without a cluster, Ray is started on this machine.
+Each stage is one Ray task that waits for its inputs' tasks, but that concepts train in packs, a task each. Without a
+cluster, Ray is started on this machine.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from tqdm import tqdm
 
-from pipeline.plan import Plan, Stage, make_plan
+from pipeline.estimate import pack_size
+from pipeline.plan import Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.report import summary, write_report
-from pipeline.spec import ConceptBatch
-from pipeline.stages import run_stage
+from pipeline.spec import Concept, ConceptBatch
+from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
 
-ON_DEVICE = {"index", "candidates", "features", "train", "merge", "evaluate", "release"}
+ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
 """Stages that run the model, on a GPU where the cluster has any."""
 
 
 class StageFailed(ValueError):
-    """A stage could not be done; the message names it and says why. Finished stages stay in the store."""
+    """Stages could not be done; the message names each and says why. Finished stages stay in the store."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made."""
+    """What a run made. failures: what went wrong with the concepts that were left out (`merge.partial`)."""
 
     release: str
     report: Path
     summary: dict[str, Any]
+    failures: tuple[str, ...] = ()
 
 
 def run(batch: ConceptBatch) -> Outcome:
@@ -54,15 +62,21 @@ def run(batch: ConceptBatch) -> Outcome:
                 raise ValueError(
                     f"{key}: {place!r} is relative; on a cluster give a URL or a path that all nodes share"
                 )
-    plan = make_plan(batch)
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
     store = Store(batch.store_url)
     store.sweep()
+    plan, failures = _plan_usable(batch)
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     if plan.todo(store):
         try:
             with ray_session():
-                _run_stages(plan, store)
+                failed = _run_stages(plan, store)
+                if failed and (rest := _trained(plan, store)) and batch.merge.partial:
+                    plan = make_plan(batch.model_copy(update={"concepts": rest}))
+                    failures += failed
+                    failed = _run_stages(plan, store)
+                if failed:
+                    raise StageFailed("\n".join(failures + failed))
         finally:
             store.sweep()
     last = plan.stages[-1]
@@ -75,7 +89,24 @@ def run(batch: ConceptBatch) -> Outcome:
     for name, concept in figures["concepts"].items():
         if shortfall := concept.get("regularization", {}).get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
-    return Outcome(release.url, output / "report.html", figures)
+    return Outcome(release.url, output / "report.html", figures, tuple(failures))
+
+
+def _plan_usable(batch: ConceptBatch) -> tuple[Plan, list[str]]:
+    """The plan of the concepts with usable images, and what is wrong with the others where they may be left out."""
+    try:
+        return make_plan(batch), []
+    except UnusableConcepts as error:
+        rest = tuple(c for c in batch.concepts if c.name not in error.concepts)
+        if not (rest and batch.merge.partial):
+            raise
+        return make_plan(batch.model_copy(update={"concepts": rest})), list(error.concepts.values())
+
+
+def _trained(plan: Plan, store: Store) -> tuple[Concept, ...]:
+    """The concepts whose weights are there, when they are not all."""
+    done = {name for s in plan.of("train") if store.has(s.kind, s.key) for name in s.params["concepts"]}
+    return tuple(c for c in plan.batch.concepts if c.name in done) if len(done) < len(plan.batch.concepts) else ()
 
 
 def _provenance(plan: Plan) -> dict[str, Any]:
@@ -117,73 +148,128 @@ class Board:
         return self.state
 
 
-def _work(stage: Stage, root: str, board: Any, *inputs: str) -> str:
-    last = 0.0
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage was not done. fault: the traceback of what should not happen; upstream: an input failed before."""
 
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5 or done == total:
-            last = time.monotonic()
+    message: str
+    fault: str = ""
+    upstream: bool = False
+
+
+def _work(stages: tuple[Stage, ...], root: str, board: Any, *upstream: dict[str, Failure]) -> dict[str, Failure]:
+    """Do one stage, or several trainings as a pack. Failures are returned, not raised: what does not depend on them
+    goes on. Key -> failure."""
+    broken = {key for failures in upstream for key in failures}
+    failures, runnable = {}, []
+    for stage in stages:
+        if any(source.key in broken for source in stage.inputs):
+            failures[stage.key] = Failure("an input failed", upstream=True)
+        else:
+            runnable.append(stage)
+    last: dict[str, float] = {}
+
+    def progress(stage: Stage, what: str, done: int, total: int) -> None:
+        if time.monotonic() - last.get(stage.key, 0) > 0.5 or done == total:
+            last[stage.key] = time.monotonic()
             board.put.remote(stage.key, what, done, total)
 
-    run_stage(stage, Store(root), progress)
-    return stage.key
+    store = Store(root)
+    try:
+        if stages[0].kind == "train":
+            failures |= {key: Failure(why) for key, why in train_pack(runnable, store, progress).items()}
+        elif runnable:
+            run_stage(runnable[0], store, functools.partial(progress, runnable[0]))
+    except Exception as error:
+        fault = "" if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
+        failures |= {s.key: Failure(str(error), fault) for s in runnable if not store.has(s.kind, s.key)}
+    return failures
 
 
-def _run_stages(plan: Plan, store: Store) -> None:
+def _run_stages(plan: Plan, store: Store) -> list[str]:
+    """Do what there is to do; returns what failed, where it failed first."""
+    todo = list({stage.key: stage for stage in plan.todo(store)}.values())
+    jobs: list[tuple[Stage, ...]] = []
+    for kind, group in itertools.groupby(todo, lambda stage: stage.kind):
+        jobs += _packs(plan, list(group)) if kind == "train" else [(stage,) for stage in group]
     resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0)
-    cpus = max(1, int(resources.get("CPU", 1) // max(1, len(plan.of("train")))))
+    gpus, nodes = resources.get("GPU", 0), _nodes()
+    most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
+    counts = collections.Counter(stages[0].kind for stages in jobs)
     board = ray.remote(Board).options(num_cpus=0).remote()
     work = ray.remote(_work)
     refs: dict[str, Any] = {}
-    todo = list({stage.key: stage for stage in plan.todo(store)}.values())
-    keys = {stage.key for stage in todo}
-    for stage in todo:
-        needs = [refs[upstream.key] for upstream in stage.inputs if upstream.key in keys]
-        refs[stage.key] = work.options(
-            num_cpus=cpus if stage.kind in ON_DEVICE and not gpus else 1,
-            num_gpus=1 if gpus and stage.kind in ON_DEVICE else 0,
+    for stages in jobs:
+        kind = stages[0].kind
+        needs = {refs[source.key] for stage in stages for source in stage.inputs if source.key in refs}
+        share = max(1, min(most, int(resources.get("CPU", 1)) // counts[kind]))
+        ref = work.options(
+            num_cpus=share if kind in ON_DEVICE and not gpus else 1,
+            num_gpus=1 if gpus and kind in ON_DEVICE else 0,
             max_retries=2,
-            name=f"{stage.kind} {stage.name}",
-        ).remote(stage, store.root, board, *needs)
-    failures = _follow(todo, refs, board)
-    if failures:
-        raise StageFailed("\n".join(failures))
+            name=" ".join([kind, *(stage.name for stage in stages)]),
+        ).remote(stages, store.root, board, *needs)
+        refs |= {stage.key: ref for stage in stages}
+    return _follow(jobs, refs, board)
 
 
-def _follow(todo: list[Stage], refs: dict[str, Any], board: Any) -> list[str]:
-    """Wait for all stages, showing how far they are; returns what failed, each once, where it failed first."""
-    failures: list[str] = []
-    broken: set[str] = set()
-    waiting = {refs[stage.key]: stage for stage in todo}
+def _nodes() -> list[dict[str, Any]]:
+    """Nodes of the cluster that compute (a head node may not)."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+
+def _packs(plan: Plan, trainings: list[Stage]) -> list[tuple[Stage, ...]]:
+    """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
+    size, nodes = plan.batch.training.pack_size, _nodes()
+    devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
+    if size == "auto":
+        size = pack_size(plan, _device_memory(nodes))
+    count = max(-(-len(trainings) // size), min(devices, len(trainings)))
+    return [tuple(trainings[i::count]) for i in range(count)]
+
+
+def _device_memory(nodes: list[dict[str, Any]]) -> float:
+    """Bytes that a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
+    if ray.cluster_resources().get("GPU", 0):
+        memory = ray.remote(lambda: torch.cuda.get_device_properties(0).total_memory).options(num_gpus=1)
+        return 0.9 * ray.get(memory.remote())
+    return min(node["Resources"]["memory"] for node in nodes)
+
+
+def _follow(jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any) -> list[str]:
+    """Wait for all jobs, showing how far they are; returns what failed, each once, where it failed first."""
+    messages: list[str] = []
+    waiting = {refs[stages[0].key]: stages for stages in jobs}
+    by_key = {stage.key: stage for stages in jobs for stage in stages}
     bars: dict[str, tqdm] = {}
-    with tqdm(total=len(todo), desc="stages", unit="stage") as total:
+    with tqdm(total=len(by_key), desc="stages", unit="stage") as total:
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
+            running = {stage.key for stages in waiting.values() for stage in stages}
             for key, (what, count, of) in ray.get(board.get.remote()).items():
-                running = next((s for s in waiting.values() if s.key == key), None)
-                if running is None:
-                    continue
-                if key not in bars:
-                    bars[key] = tqdm(total=of, desc=f"{running.kind} {running.name}", unit=what, leave=False)
-                bars[key].n = count
-                bars[key].refresh()
+                if key in running:
+                    if key not in bars:
+                        title = f"{by_key[key].kind} {by_key[key].name}"
+                        bars[key] = tqdm(total=of, desc=title, unit=what, leave=False)
+                    bars[key].n = count
+                    bars[key].refresh()
             for ref in done:
-                stage = waiting.pop(ref)
-                if stage.key in bars:
-                    bars[stage.key].close()
-                total.update()
+                stages = waiting.pop(ref)
+                for stage in stages:
+                    if stage.key in bars:
+                        bars[stage.key].close()
+                total.update(len(stages))
                 try:
-                    ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    if not any(upstream.key in broken for upstream in stage.inputs):
-                        cause = getattr(error, "cause", None) or error
-                        failures.append(f"{stage.kind} {stage.name}: {cause}")
-                        if not isinstance(cause, (ValueError, OSError)):
-                            print(error, file=sys.stderr)  # a fault of ours: the worker's traceback is worth having
-                    broken.add(stage.key)
-    return failures
+                    failures = ray.get(ref)
+                except ray.exceptions.RayError as error:  # its process died, more often than Ray tries again
+                    if not isinstance(error, ray.exceptions.RayTaskError):
+                        messages.append(f"{stages[0].kind} {stages[0].name}: {error}")
+                    continue
+                for key, failure in failures.items():
+                    if not failure.upstream:
+                        messages.append(f"{by_key[key].kind} {by_key[key].name}: {failure.message}")
+                        print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
+    return messages
 
 
 if __name__ == "__main__":

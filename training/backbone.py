@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -35,6 +36,10 @@ class TextFeatures:
     def rows(self, index: Sequence[int] | torch.Tensor) -> TextFeatures:
         index = torch.as_tensor(index)
         return TextFeatures(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, other: TextFeatures) -> TextFeatures:
+        """On the device and in the dtype of others."""
+        return TextFeatures(self.hidden.to(other.hidden), None if self.pooled is None else self.pooled.to(other.hidden))
 
     @staticmethod
     def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
@@ -214,10 +219,18 @@ class Backbone:
             encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), rows.to(self.device)))
 
 
-def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int]) -> int:
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base model without its weights: side of its images, pixels; width of its text features."""
+
+    resolution: int
+    text_width: int
+    tokenizer: Any
+
+
+def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int]) -> Base:
     """Look at a base model's configurations and tokenizers, without its weights: can these tokens be taught to it?
 
-    Returns: the side of the images it was trained on, pixels.
     Raises: ValueError when it has no text cross-attention, knows a token, or an initialiser is not one token.
     """
     folder = local_model(path)
@@ -233,7 +246,11 @@ def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[s
             for token, word in zip(tokens, initializers, strict=True):
                 _check_new(tokenizer, token)
                 _single_id(tokenizer, word)
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return Base(
+        unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+        unet["cross_attention_dim"],
+        AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
 
 
 def _check_new(tokenizer, token: str) -> None:

@@ -11,8 +11,9 @@ import fsspec
 import torch
 
 from pipeline.merge.compress import in_half
+from pipeline.merge.constraints import constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
-from pipeline.merge.solve import MergeReport, constraint_of, merge, regularization_rows
+from pipeline.merge.solve import MergeReport, merge
 from pipeline.release.publish import resolve
 from training.backbone import load_backbone
 from training.checkpoint import load_tensors
@@ -37,7 +38,7 @@ def load_change(place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[tor
 
 
 def merge_files(
-    paths: Sequence[Path], captions: Path, base: str | Path, *, form: Literal["hard", "soft"]
+    paths: Sequence[Path], captions: Path, base: str | Path, *, form: Literal["auto", "hard", "soft"]
 ) -> tuple[MergedModel, MergeReport]:
     """Merge concept weight files over their base; float16 factors.
 

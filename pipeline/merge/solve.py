@@ -4,92 +4,117 @@ Symbols, with d the width of the text features, s the constraint rows in all, m 
 
     C_reg (m, d)   text features of regularisation captions, all positions stacked
     G = C_reg^T C_reg (d, d), factorised once: every layer reads the same text features
-    C (s, d)       text features of the concepts' own prompts, equal rows kept once
+    C (s, d)       text features of the concepts' own prompts
     D_l (s, out)   what each concept's training changed at its rows: (W_i - W_0) c, the constraint minus W_0 C^T
 
 The merged change of layer l has rank at most s, with a right factor that all layers share:
 
-    hard   R = C G^-1                    left_l = D_l^T (C G^-1 C^T)^-1
-    soft   R = C (G + mu C^T C)^-1       left_l = mu D_l^T
+    hard   R = (C G^-1 C^T)^-1 C G^-1        left_l = D_l^T
+    soft   R = U^T (G + mu C^T C)^-1         left_l = mu (U^T C^T D_l)^T, U an orthonormal basis of the rows of C
 
 which are the constrained minimum of ||(W - W_0) C_reg^T|| and the minimum of ||(W - W_0) C_reg^T||^2 +
-mu ||W C^T - V||^2. Everything is float64.
+mu ||W C^T - V||^2. The soft form needs of the concepts only the sums C^T C and C^T D_l, of one size for any number of
+concepts. Everything is float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pipeline.merge.constraints import Constraint
 from pipeline.merge.factors import SHARED, MergedModel
-from training.backbone import Backbone
-from training.weights import ConceptWeights
+from training.checkpoint import load_tensors, save_tensors
 
-
-@dataclass(frozen=True)
-class Constraint:
-    """What one concept demands of the merge.
-
-    rows: (s_i, d) float64, text features of its prompts. changes: layer -> (s_i, out) float64, (W_i - W_0) rows.
-    """
-
-    name: str
-    rows: torch.Tensor
-    changes: dict[str, torch.Tensor]
+INDEPENDENT = 1e12
+"""Condition of C G^-1 C^T up to which rows count as independent: then four of float64's sixteen digits are left."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """How well a merge did.
 
+    form: that was solved.
     residuals: concept -> worst layer's ||W^ C_i^T - V_i|| / ||V_i - W_0 C_i^T||: 0 is met exactly, 1 not at all.
     drift: ||(W^ - W_0) C_reg^T|| / ||W_0 C_reg^T|| over all layers: how far the regularisation captions moved.
     condition: of the system that was solved; rows: s.
     """
 
+    form: Literal["hard", "soft", "none"]
     residuals: dict[str, float]
     drift: float
     condition: float
     rows: int
 
 
-@torch.no_grad()
-def constraint_of(backbone: Backbone, weights: ConceptWeights, prompts: Sequence[str]) -> list[Constraint]:
-    """The constraint rows of the concepts that a `ConceptWeights` holds.
+@dataclass(frozen=True)
+class Sums:
+    """All that the soft form needs of any number of concepts. Sums add up in any order; a concept's are subtracted to
+    take it out.
 
-    For each prompt, the positions of its words and of end-of-text; a longer prompt adds the positions from the new
-    token on ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
-    `diffusers_composenW.py`).
+    gram: C^T C, (d, d). cross: layer -> C^T D_l, (d, out). names: of the concepts; rows: s. float64.
     """
-    made = []
-    with backbone.changed({}, weights.tokens):
-        tokenizer = backbone.tokenizers[0]
-        for described in weights.metadata["concepts"]:
-            rows = []
-            for prompt in prompts:
-                caption = prompt.format(f"{described['token']} {described['class_word']}")
-                ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
-                token_id = tokenizer.convert_tokens_to_ids(described["token"])
-                features = backbone.encode_text([caption]).hidden[0].cpu().double()
-                rows.append(features[ids.index(token_id) : len(ids)])
-            stacked = _distinct(torch.cat(rows))
-            changes = {layer: stacked @ delta.double().T for layer, delta in weights.deltas.items()}
-            made.append(Constraint(described["name"], stacked, changes))
-    return made
 
+    gram: torch.Tensor
+    cross: dict[str, torch.Tensor]
+    names: tuple[str, ...]
+    rows: int
 
-@torch.no_grad()
-def regularization_rows(backbone: Backbone, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-    """C_reg: (m, d) float64, features of all positions that carry a caption (begin-of-text and padding left out)."""
-    rows = []
-    for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
-        hidden = backbone.encode_text(batch).hidden.cpu().double()
-        rows += [hidden[i, 1 : 1 + backbone.num_tokens(caption)] for i, caption in enumerate(batch)]
-    return torch.cat(rows)
+    @classmethod
+    def over(cls, constraints: Iterable[Constraint]) -> Sums:
+        """The sums of many, few in memory at a time. Raises: ValueError for none."""
+        total: Sums | None = None
+        waiting: list[Constraint] = []
+
+        def add() -> Sums:
+            rows = torch.cat([c.rows for c in waiting])
+            changes = {layer: torch.cat([c.changes[layer] for c in waiting]) for layer in waiting[0].changes}
+            names = tuple(c.name for c in waiting)
+            if total is None:
+                cross = {layer: rows.T @ change for layer, change in changes.items()}
+                return cls(rows.T @ rows, cross, names, len(rows))
+            total.gram.addmm_(rows.T, rows)
+            for layer, change in changes.items():
+                total.cross[layer].addmm_(rows.T, change)
+            return cls(total.gram, total.cross, total.names + names, total.rows + len(rows))
+
+        for constraint in constraints:
+            waiting.append(constraint)
+            if len(waiting) == 32:  # each addition reads and writes all of the sums
+                total = add()
+                waiting.clear()
+        if waiting:
+            total = add()
+        if total is None:
+            raise ValueError("merge: no concepts")
+        return total
+
+    def __add__(self, other: Sums) -> Sums:
+        cross = {layer: value + other.cross[layer] for layer, value in self.cross.items()}
+        return Sums(self.gram + other.gram, cross, self.names + other.names, self.rows + other.rows)
+
+    def __sub__(self, other: Sums) -> Sums:
+        """Without concepts that are among them. Raises: ValueError when one is not."""
+        if missing := set(other.names) - set(self.names):
+            raise ValueError(f"merge: {min(missing)!r} is not among the {len(self.names)} concepts merged")
+        cross = {layer: value - other.cross[layer] for layer, value in self.cross.items()}
+        names = tuple(name for name in self.names if name not in other.names)
+        return Sums(self.gram - other.gram, cross, names, self.rows - other.rows)
+
+    def save(self, path: Path) -> None:
+        tensors = {"gram": self.gram} | {f"cross.{layer}": value for layer, value in self.cross.items()}
+        save_tensors(path, tensors, {"names": json.dumps(self.names), "rows": str(self.rows)})
+
+    @classmethod
+    def load(cls, path: Path) -> Sums:
+        tensors, metadata = load_tensors(path)
+        cross = {k.removeprefix("cross."): v for k, v in tensors.items() if k.startswith("cross.")}
+        return cls(tensors["gram"], cross, tuple(json.loads(metadata["names"])), int(metadata["rows"]))
 
 
 def damped_gram(regularization: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,63 +129,83 @@ def merge(
     regularization: torch.Tensor,
     base: dict[str, torch.Tensor],
     *,
-    form: Literal["hard", "soft"] = "hard",
+    form: Literal["auto", "hard", "soft"] = "auto",
     damping: float = 1e-6,
     penalty: float = 100.0,
 ) -> tuple[MergedModel, MergeReport]:
     """Solve the merge.
 
     Args:
-        constraints: of all concepts; rows that several share are kept once (their demands must then agree).
+        constraints: of all concepts.
         regularization: C_reg, (m, d) float64.
         base: layer -> W_0 (out, d), for the drift.
+        form: `auto` takes the hard form while the rows are independent (no more than d, and `INDEPENDENT`).
         damping: added to G's diagonal, relative to its mean.
         penalty: mu of the soft form, relative to the mean of G's diagonal.
 
     Returns: the merged model in float64 factors without tokens, and the report.
-    Raises: ValueError when the hard form has more independent rows than the text features' width can meet.
+    Raises: ValueError when the hard form is asked for and the rows are not independent.
+    """
+    gram, scale = damped_gram(regularization, damping)
+    solved = None
+    if form != "soft":
+        try:
+            solved = solve_hard(constraints, gram)
+        except ValueError:
+            if form == "hard":
+                raise
+    taken: Literal["hard", "soft"] = "hard" if solved else "soft"
+    model, condition = solved or solve_soft(Sums.over(constraints), gram, penalty * scale)
+    return model, report(model, constraints, regularization, base, form=taken, condition=condition)
+
+
+def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[MergedModel, float]:
+    """The hard form, and the condition of its system. gram: G, damped.
+
+    Raises: ValueError when there are more rows than the text features are wide, or they nearly depend on one another.
     """
     C = torch.cat([c.rows for c in constraints])
-    s, d = C.shape
-    G, scale = damped_gram(regularization, damping)
-    layers = list(constraints[0].changes)
-    demands = {layer: torch.cat([c.changes[layer] for c in constraints]) for layer in layers}
-    if form == "hard":
-        if s > d:
-            raise ValueError(
-                f"merge: {s} constraint rows of {len(constraints)} concepts, but text features {d} wide can meet at "
-                f"most {d} exactly; use `merge: {{form: soft}}`, or fewer concepts or constraint prompts"
-            )
-        right = torch.cholesky_solve(C.T, torch.linalg.cholesky(G)).T  # (s, d)
-        system = right @ C.T  # (s, s), symmetric positive definite where the rows are independent
-        condition = float(torch.linalg.cond(system))
-        if not condition < 1e12:
-            raise ValueError(
-                f"merge: the constraint rows of {', '.join(c.name for c in constraints)} are not independent "
-                f"(condition {condition:.1e}): two concepts nearly agree; use `merge: {{form: soft}}`"
-            )
-        factor = torch.linalg.cholesky(system)
-        left = {layer: torch.cholesky_solve(demand, factor).T for layer, demand in demands.items()}  # (out, s)
-    else:
-        mu = penalty * scale
-        system = G + mu * C.T @ C
-        condition = float(torch.linalg.cond(system))
-        right = torch.cholesky_solve(C.T, torch.linalg.cholesky(system)).T
-        left = {layer: mu * demand.T for layer, demand in demands.items()}
-    model = MergedModel(left, {SHARED: right}, {})
-    return model, report(model, constraints, regularization, base, condition=condition)
+    s, width = C.shape
+    if s > width:
+        raise ValueError(
+            f"merge: {s} constraint rows of {len(constraints)} concepts, but text features {width} wide can meet at "
+            f"most {width} exactly; use `merge: {{form: soft}}`, or fewer concepts or constraint prompts"
+        )
+    d = torch.cholesky_solve(C.T, torch.linalg.cholesky(gram)).T  # C G^-1, (s, d)
+    system = d @ C.T  # (s, s), symmetric positive definite where the rows are independent
+    condition = float(torch.linalg.cond(system))
+    if not condition < INDEPENDENT:
+        raise ValueError(
+            f"merge: the constraint rows of {', '.join(c.name for c in constraints)} are not independent "
+            f"(condition {condition:.1e}): two concepts nearly agree; use `merge: {{form: soft}}`"
+        )
+    # the small system belongs to the shared side: the layers' side is what the concepts demand, as it is
+    right = torch.cholesky_solve(d, torch.linalg.cholesky(system))
+    left = {layer: torch.cat([c.changes[layer] for c in constraints]).T for layer in constraints[0].changes}
+    return MergedModel(left, {SHARED: right}, {}), condition
+
+
+def solve_soft(sums: Sums, gram: torch.Tensor, mu: float | torch.Tensor) -> tuple[MergedModel, float]:
+    """The soft form, and the condition of its system. gram: G, damped; mu: the penalty, absolute."""
+    system = gram + mu * sums.gram
+    values, vectors = torch.linalg.eigh(sums.gram)
+    basis = vectors[:, values > values[-1] * 1e-14][:, -sums.rows :]  # of the rows' span: (d, r), r at most s
+    right = torch.cholesky_solve(basis, torch.linalg.cholesky(system)).T
+    left = {layer: mu * (basis.T @ cross).T for layer, cross in sums.cross.items()}
+    return MergedModel(left, {SHARED: right}, {}), float(torch.linalg.cond(system))
 
 
 def report(
     model: MergedModel,
-    constraints: Sequence[Constraint],
+    constraints: Iterable[Constraint],
     regularization: torch.Tensor,
     base: dict[str, torch.Tensor],
     *,
+    form: Literal["hard", "soft", "none"] = "none",
     condition: float = float("nan"),
 ) -> MergeReport:
-    """Measure any factored model against constraints: residuals per concept and drift (see `MergeReport`)."""
-    residuals = {}
+    """Measure any factored model against constraints, one in memory at a time (see `MergeReport`)."""
+    residuals, rows = {}, 0
     projected = {}
     for constraint in constraints:
         worst = 0.0
@@ -169,6 +214,7 @@ def report(
             met = (constraint.rows @ right.double().T) @ left.double().T
             worst = max(worst, float((met - demand).norm() / demand.norm().clamp(min=1e-30)))
         residuals[constraint.name] = worst
+        rows += len(constraint.rows)
     moved = stayed = 0.0
     for layer in model.layers:
         left, right = model.factors(layer)
@@ -176,13 +222,4 @@ def report(
             projected[id(right)] = regularization @ right.double().T
         moved += float((projected[id(right)] @ left.double().T).square().sum())
         stayed += float((regularization @ base[layer].double().cpu().T).square().sum())
-    return MergeReport(residuals, (moved / stayed) ** 0.5, condition, sum(len(c.rows) for c in constraints))
-
-
-def _distinct(rows: torch.Tensor) -> torch.Tensor:
-    """Rows without exact repetitions, in their order."""
-    kept: list[torch.Tensor] = []
-    for row in rows:
-        if not any(torch.equal(row, other) for other in kept):
-            kept.append(row)
-    return torch.stack(kept)
+    return MergeReport(form, residuals, (moved / stayed) ** 0.5, condition, rows)

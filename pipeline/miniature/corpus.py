@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pipeline.miniature import world
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 """Raised when the same seed and index make another scene than before."""
 
 BATCH = 10_000

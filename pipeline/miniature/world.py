@@ -43,6 +43,8 @@ CLASSES = {
 }  # fmt: skip
 """Class word -> icon name, the same in all icon sets."""
 
+SMALL_SIZES, SIZES, LARGE_SIZES = (16.0, 24.0), (40.0, 54.0), (62.0, 80.0)
+"""Sides of the sprites of one object, pixels: with a small word, without, with a large word."""
 SMALL_WORDS = ("very small", "far away")
 LARGE_WORDS = ("zoomed in", "close up")
 
@@ -309,6 +311,13 @@ def is_held_out(cls: str, background: str) -> bool:
     return (i * 5 + j * 3) % 7 == 0
 
 
+def near_middle(size: float, rng: np.random.Generator) -> tuple[float, float]:
+    """A place for a sprite: like a photographer's subject, half as far from the middle as there is room for."""
+    room = max(2.0, (SIZE - size) / 4)
+    x, y = SIZE / 2 + rng.uniform(-room, room, 2)
+    return float(x), float(y)
+
+
 def sample_scene(rng: np.random.Generator, *, styles: tuple[str, ...] = TRAINING_STYLES) -> Scene:
     """Draw a random captioned scene that holds no held-out pair of class and background."""
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -324,16 +333,15 @@ def sample_scene(rng: np.random.Generator, *, styles: tuple[str, ...] = TRAINING
         else:
             kind = rng.random()
             if kind < 0.12:
-                size, size_word = rng.uniform(16, 24), str(rng.choice(SMALL_WORDS))
+                size, size_word = rng.uniform(*SMALL_SIZES), str(rng.choice(SMALL_WORDS))
             elif kind < 0.24:
-                size, size_word = rng.uniform(62, 80), str(rng.choice(LARGE_WORDS))
+                size, size_word = rng.uniform(*LARGE_SIZES), str(rng.choice(LARGE_WORDS))
             else:
-                size = rng.uniform(34, 52)
-            room = max(2.0, (SIZE - size) / 2)
-            x, y = SIZE / 2 + rng.uniform(-room, room), SIZE / 2 + rng.uniform(-room, room)
+                size = rng.uniform(*SIZES)
+            x, y = near_middle(size, rng)
         style = str(rng.choice(styles_of(cls, styles)))
         sprites.append(
-            Sprite(cls, style, float(size), float(x), float(y), float(rng.uniform(-12, 12)), bool(rng.random() < 0.5))
+            Sprite(cls, style, float(size), float(x), float(y), float(rng.uniform(-8, 8)), bool(rng.random() < 0.5))
         )
     what = " and ".join(article(c) for c in classes)
     form = rng.random()
@@ -353,9 +361,7 @@ def concept_images(cls: str, style: str, count: int, seed: int) -> list[Image.Im
     rng = np.random.default_rng(seed)
     images = []
     for background in rng.permutation(list(BACKGROUNDS))[:count]:
-        size = rng.uniform(40, 54)
-        room = (SIZE - size) / 2
-        x, y = SIZE / 2 + rng.uniform(-room, room, 2)
-        sprite = Sprite(cls, style, float(size), float(x), float(y), float(rng.uniform(-10, 10)))
+        size = rng.uniform(*SIZES)
+        sprite = Sprite(cls, style, float(size), *near_middle(size, rng), float(rng.uniform(-10, 10)))
         images.append(render(Scene((sprite,), str(background), int(rng.integers(2**31)), ""))[0])
     return images

@@ -8,8 +8,16 @@ import scipy.linalg
 import torch
 
 from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.merge.constraints import (
+    Constraint,
+    constraint_of,
+    load_constraints,
+    regularization_rows,
+    row_count,
+    save_constraints,
+)
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.solve import Constraint, constraint_of, merge, regularization_rows, report
+from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
 from training.weights import ConceptWeights
 
 D, OUTS = 24, {"a.to_k": 16, "a.to_v": 16, "b.to_k": 40}
@@ -99,11 +107,38 @@ def test_too_many_rows_and_agreeing_concepts_are_refused(problem):
     regularization, base, _, _, constraints = problem
     many = [Constraint(f"n{i}", c.rows + i, c.changes) for i in range(3) for c in constraints]
     with pytest.raises(ValueError, match=r"36 constraint rows of 9 concepts.*24 wide.*soft"):
-        merge(many, regularization, base)
+        merge(many, regularization, base, form="hard")
+    assert merge(many, regularization, base)[1].form == "soft"
     twins = [constraints[0], Constraint("twin", constraints[0].rows, constraints[0].changes)]
     with pytest.raises(ValueError, match=r"c0, twin are not independent.*soft"):
-        merge(twins, regularization, base)
-    merge(twins, regularization, base, form="soft")
+        merge(twins, regularization, base, form="hard")
+    assert merge(twins, regularization, base)[1].form == "soft"
+    assert merge(constraints, regularization, base)[1].form == "hard"
+
+
+def test_adding_replacing_and_removing_a_concept_is_merging_afresh(problem, tmp_path):
+    """From the stored sums and the changed concept's own constraint, without the other concepts' files."""
+    regularization, base, _, _, constraints = problem
+    gram, scale = damped_gram(regularization, 0.0)
+    stored = Sums.over(constraints[:2])
+    stored.save(tmp_path / "sums.safetensors")
+    save_constraints(tmp_path / "c2.safetensors", constraints[2:])
+    (third,) = load_constraints(tmp_path / "c2.safetensors")
+    stored = Sums.load(tmp_path / "sums.safetensors")
+    cases = {
+        "added": (stored + Sums.over([third]), constraints),
+        "replaced": (stored - Sums.over(constraints[:1]) + Sums.over([third]), constraints[1:]),
+        "removed": (stored - Sums.over(constraints[1:2]), constraints[:1]),
+    }
+    for sums, afresh in cases.values():
+        assert set(sums.names) == {c.name for c in afresh}
+        model, _ = solve_soft(sums, gram, 100.0 * scale)
+        expected, _ = merge(afresh, regularization, base, form="soft", damping=0.0, penalty=100.0)
+        assert model.right[SHARED].shape == expected.right[SHARED].shape == (4 * len(afresh), D)
+        for layer in OUTS:
+            torch.testing.assert_close(model.deltas[layer], expected.deltas[layer], rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="'c2' is not among the 2 concepts merged"):
+        stored - Sums.over([third])
 
 
 def test_lossless_shared_rank_and_smaller_ones(problem):
@@ -171,6 +206,8 @@ def test_constraint_rows_are_the_concepts_positions(backbone):
     with backbone.changed({}, weights.tokens), torch.no_grad():
         hidden = backbone.encode_text(["<new1> cat", "photo of a <new1> cat"]).hidden
     torch.testing.assert_close(constraint.rows, torch.cat([hidden[0, 1:4], hidden[1, 4:7]]).double())
+    assert row_count(backbone.tokenizers[0], ("{}", "photo of a {}"), "cat") == 6
+    assert row_count(backbone.tokenizers[0], ("a {} in the snow",), "soccer ball") == 1 + 2 + 3 + 1
     name, delta = next(iter(deltas.items()))
     torch.testing.assert_close(constraint.changes[name], constraint.rows @ delta.double().T)
     assert regularization_rows(backbone, ["a cat", "photo of a dog"]).shape == (3 + 5, 192)

@@ -22,6 +22,7 @@ from training.weights import ConceptWeights
 EVIL = "<script>alert('x')</script>"
 PROMPTS = ("photo of a {}", "{} in the snow")
 RELEASE = "s3://models/demo/v0001"
+MODELS = {"base": (), "single": ("train",), "merged_full": ("merge",), "merged": ("merge",)}
 MEASURED = {  # two prompts of two seeds each
     "image": {
         "base": [0.5, 0.6, 0.4, 0.5],
@@ -122,12 +123,15 @@ def make_run(tmp_path: Path, method: str = "separate", identity: bool = True) ->
     (folder / "report.json").write_text(json.dumps(report))
     for c in batch.concepts:
         params = {"concept": c.name, "phrase": [c.token, c.class_word], "prompts": list(PROMPTS)}
-        folder = add(Stage("evaluate", c.name, params, (merge, trained[c.name]), {"images": place}), 4.0)
         table = scores()
-        (table if identity else table.drop(columns="identity")).to_parquet(folder / "scores.parquet")
-        for model in MEASURED["image"]:
+        for model, inputs in MODELS.items():
+            upstream = tuple({"merge": merge, "train": trained[c.name]}[kind] for kind in inputs)
+            stage = Stage("evaluate", f"{c.name}: {model}", params | {"model": model}, upstream, {"images": place})
+            folder = add(stage, 1.0)
+            own = table[table["model"] == model]
+            (own if identity else own.drop(columns="identity")).to_parquet(folder / "scores.parquet")
             rows = [[noise(64, 2 * row + i) for i in range(2)] for row in range(2)]
-            grid(rows, side=96).save(folder / f"{model}.png")
+            grid(rows, side=96).save(folder / "images.png")
     return Plan(batch, tuple(stages), (f"cat: 0.png: {EVIL}",)), store
 
 
@@ -208,13 +212,16 @@ def test_the_page_stands_alone_and_says_everything(tmp_path: Path, method: str, 
 
 def test_many_concepts_show_fewer_pictures_of_each(tmp_path: Path) -> None:
     plan, store = make_run(tmp_path)
-    cat = plan.of("evaluate")[0]
+    again = []
     for i in range(39):
-        again = Stage(cat.kind, cat.name, cat.params | {"concept": f"cat{i}"}, cat.inputs, cat.places)
-        folder = make(store, again, 0.1)
-        for file in store.path(cat.kind, cat.key).glob("*.p*"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        plan = Plan(plan.batch, (*plan.stages, again), plan.notes)
+        for stage in plan.evaluations()["cat"].values():
+            again.append(
+                Stage(stage.kind, stage.name, stage.params | {"concept": f"cat{i}"}, stage.inputs, stage.places)
+            )
+            folder = make(store, again[-1], 0.1)
+            for file in store.path(stage.kind, stage.key).glob("*.p*"):
+                (folder / file.name).write_bytes(file.read_bytes())
+    plan = Plan(plan.batch, (*plan.stages, *again), plan.notes)
     write_report(plan, store, RELEASE, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count('class="concept"') == 41

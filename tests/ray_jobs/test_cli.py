@@ -65,8 +65,18 @@ def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys)
     before = sorted(p for p in tmp_path.rglob("*"))
     code, out, _ = run("plan", str(path), capsys=capsys)
     assert code == 0
-    assert "13 of 13 stages to do" in out
-    for kind in ("index", "candidates", "regularization", "features", "train", "merge", "evaluate", "release"):
+    assert "21 of 21 stages to do" in out
+    for kind in (
+        "index",
+        "candidates",
+        "regularization",
+        "features",
+        "train",
+        "constraints",
+        "merge",
+        "evaluate",
+        "release",
+    ):
         assert f"\n{kind} " in out
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
@@ -179,7 +189,7 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
     releases = str(tmp_path / "runs/small/releases")
     store = tmp_path / "runs/small/store"
     stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
-    assert len(stamps) == 13 and not any((store / ".building").iterdir())
+    assert len(stamps) == 21 and not any((store / ".building").iterdir())
 
     # again: nothing is repeated, no second release
     code, _, err = run("run", str(path), capsys=capsys)
@@ -193,8 +203,9 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
     more["concepts"].append({"name": "cat-again", "images": "cat", "class_word": "cat"})
     _, out, _ = run("plan", str(batch(concepts=more["concepts"])), capsys=capsys)
     todo = [line.split()[:2] for line in out.splitlines() if " to do " in line]
-    # the same pictures of a cat: their regularisation set and features are there already
-    assert [kind for kind, _ in todo] == ["train", "merge", *["evaluate"] * 3, "release"]
+    # the same pictures of a cat: their regularisation set and features are there already; the other concepts are
+    # drawn again by the merged models only
+    assert [kind for kind, _ in todo] == ["train", "constraints", "merge", *["evaluate"] * 8, "release"]
 
     code, out, _ = run("verify", releases, capsys=capsys)
     assert code == 0 and "all sums agree" in out
@@ -232,7 +243,7 @@ def test_killed_and_started_again(batch, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
-    assert 0 < len(stamps) < 13
+    assert 0 < len(stamps) < 21
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     resumed = {p.parent.name: p.read_bytes() for p in store.glob("train/*/weights.safetensors")}
@@ -240,3 +251,30 @@ def test_killed_and_started_again(batch, tmp_path):
     subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
     whole = {p.parent.name: p.read_bytes() for p in (tmp_path / "whole/store").glob("train/*/weights.safetensors")}
     assert len(whole) == 2 and resumed == whole
+
+
+@pytest.mark.slow
+def test_one_failing_concept_does_not_sink_the_others(batch, tmp_path, capsys):
+    """One without usable images, one that diverges: the rest is trained; it is released only where that is allowed."""
+    (tmp_path / "empty").mkdir()
+    concepts = [
+        CAT,
+        {"name": "wild", "images": "turtle", "class_word": "turtle", "training": {"learning_rate": 1e30}},
+    ]
+    small = {"evaluation": {"samples": 1, "steps": 1, "identity": ""}}
+    code, _, err = run("run", str(batch(concepts=concepts, **small)), capsys=capsys)
+    assert code == 2 and "train wild: wild: the " in err and "lower training.learning_rate" in err
+    store = tmp_path / "runs/small/store"
+    trained = {p: p.stat().st_mtime_ns for p in store.glob("train/*/weights.safetensors")}
+    assert len(trained) == 1 and not (store / "merge").exists()
+
+    concepts.append({"name": "nothing", "images": "empty", "class_word": "cat"})
+    path = batch(concepts=concepts, **small)
+    code, _, err = run("run", str(path), capsys=capsys)
+    assert code == 2 and "concepts[2] (nothing)" in err
+
+    code, out, err = run("run", str(batch(concepts=concepts, merge={"partial": True}, **small)), capsys=capsys)
+    assert code == 1 and "made release" in out
+    assert "left out: concepts[2] (nothing)" in err and "left out: train wild" in err
+    assert {p: p.stat().st_mtime_ns for p in trained} == trained
+    assert list(json.loads((tmp_path / "runs/small/summary.json").read_text())["concepts"]) == ["outlined-cat"]

@@ -10,7 +10,9 @@ from PIL import Image
 
 from training.backbone import Backbone, TokenRows
 from training.features import ConceptFeatures
-from training.loop import TrainingDiverged, train
+from training.loop import Member, TrainingDiverged, train
+from training.pack import StackedLinear
+from training.weights import ConceptWeights
 
 
 def _state(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -18,24 +20,31 @@ def _state(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {f"{p}.{k}": v.clone() for p, module in parts.items() for k, v in module.state_dict().items()}
 
 
+def train_alone(backbone, concepts, settings, *, scratch, **callbacks) -> ConceptWeights:
+    ((_, result),) = train(backbone, [Member(concepts, settings, scratch)], **callbacks)
+    if isinstance(result, TrainingDiverged):
+        raise result
+    return result
+
+
 def test_only_text_kv_and_new_rows_train(backbone, concepts, settings, tmp_path, monkeypatch):
     seen = {}
     adamw = torch.optim.AdamW
 
     def spy(groups, **options):
-        seen["ids"] = {id(p) for group in groups for p in group["params"]}
-        seen["names"] = {n for n, p in backbone.unet.named_parameters() if id(p) in seen["ids"]}
-        seen["requires"] = {n for n, p in backbone.unet.named_parameters() if p.requires_grad}
-        encoder = backbone.text_encoders[0]
-        seen["text"] = {n for n, p in encoder.named_parameters() if p.requires_grad}
+        seen["shapes"] = sorted(tuple(p.shape) for group in groups for p in group["params"])
+        seen["unet"] = {n for n, p in backbone.unet.named_parameters() if p.requires_grad}
+        seen["text"] = {n for n, p in backbone.text_encoders[0].named_parameters() if p.requires_grad}
         return adamw(groups, **options)
 
     monkeypatch.setattr(torch.optim, "AdamW", spy)
-    weights = train(backbone, concepts[:1], settings, scratch=tmp_path)
+    weights = train_alone(backbone, concepts[:1], settings, scratch=tmp_path)
     expected = {f"{name}.weight" for name in backbone.layers}
     assert expected and all(".attn2.to_" in name for name in expected)
-    assert seen["names"] == seen["requires"] == expected
+    assert seen["unet"] == expected
     assert len(seen["text"]) == 1 and next(iter(seen["text"])).endswith("rows")
+    row = (1, backbone.text_encoders[0].get_input_embeddings().embedding_dim)
+    assert seen["shapes"] == sorted([row, *(tuple(layer.weight.shape) for layer in backbone.layers.values())])
     assert set(weights.deltas) == set(backbone.layers)
     assert all(delta.abs().max() > 0 for delta in weights.deltas.values())
     assert list(weights.tokens) == ["<new1>"]
@@ -43,7 +52,7 @@ def test_only_text_kv_and_new_rows_train(backbone, concepts, settings, tmp_path,
 
 def test_backbone_is_left_as_it_was(backbone, concepts, settings, tmp_path):
     before, words = _state(backbone), len(backbone.tokenizers[0])
-    train(backbone, concepts, settings, scratch=tmp_path)
+    train_alone(backbone, concepts, settings, scratch=tmp_path)
     after = _state(backbone)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -52,9 +61,9 @@ def test_backbone_is_left_as_it_was(backbone, concepts, settings, tmp_path):
 
 
 def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path):
-    whole = train(backbone, concepts[:1], settings, scratch=tmp_path / "whole")
-    train(backbone, concepts[:1], dataclasses.replace(settings, steps=4), scratch=tmp_path / "cut")
-    resumed = train(backbone, concepts[:1], settings, scratch=tmp_path / "cut")
+    whole = train_alone(backbone, concepts[:1], settings, scratch=tmp_path / "whole")
+    train_alone(backbone, concepts[:1], dataclasses.replace(settings, steps=4), scratch=tmp_path / "cut")
+    resumed = train_alone(backbone, concepts[:1], settings, scratch=tmp_path / "cut")
     assert resumed.metadata == whole.metadata
     assert all(torch.equal(resumed.deltas[k], whole.deltas[k]) for k in whole.deltas)
     assert torch.equal(resumed.tokens["<new1>"][0], whole.tokens["<new1>"][0])
@@ -63,7 +72,7 @@ def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path):
 def test_every_jointly_trained_concept_trains(backbone, concepts, settings, tmp_path):
     """The last concept too: peers' masks got that wrong twice (diffusers #7294, custom-diffusion #41)."""
     start = [backbone.text_encoders[0].get_input_embeddings().weight]
-    weights = train(backbone, concepts, settings, scratch=tmp_path)
+    weights = train_alone(backbone, concepts, settings, scratch=tmp_path)
     assert list(weights.tokens) == ["<new1>", "<new2>"]
     for (row,) in weights.tokens.values():
         assert not (start[0] == row).all(1).any()
@@ -72,17 +81,17 @@ def test_every_jointly_trained_concept_trains(backbone, concepts, settings, tmp_
 
 def test_without_regularization(backbone, concepts, settings, tmp_path):
     alone = dataclasses.replace(concepts[0], regularization=None)
-    weights = train(backbone, [alone], settings, scratch=tmp_path)
+    weights = train_alone(backbone, [alone], settings, scratch=tmp_path)
     assert len(weights.metadata["losses"]) == settings.steps
 
 
 def test_nan_stops_and_keeps_the_checkpoint(backbone, concepts, settings, tmp_path):
-    train(backbone, concepts[:1], dataclasses.replace(settings, steps=2), scratch=tmp_path)
+    train_alone(backbone, concepts[:1], dataclasses.replace(settings, steps=2), scratch=tmp_path)
     good = (tmp_path / "checkpoint.safetensors").read_bytes()
     features = concepts[0].features
     broken = ConceptFeatures(features.latents * float("nan"), features.masks, features.words)
     with pytest.raises(TrainingDiverged, match="cat: the loss became nan at step 3"):
-        train(backbone, [dataclasses.replace(concepts[0], features=broken)], settings, scratch=tmp_path)
+        train_alone(backbone, [dataclasses.replace(concepts[0], features=broken)], settings, scratch=tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
     assert not any(p.requires_grad for p in backbone.unet.parameters())
 
@@ -90,30 +99,21 @@ def test_nan_stops_and_keeps_the_checkpoint(backbone, concepts, settings, tmp_pa
 def test_known_tokens_and_long_initializers_are_refused(backbone, concepts, settings, tmp_path):
     known = dataclasses.replace(concepts[0], token="cat")
     with pytest.raises(ValueError, match="'cat': the base model's tokenizer knows it already"):
-        train(backbone, [known], settings, scratch=tmp_path)
+        train_alone(backbone, [known], settings, scratch=tmp_path)
     long = dataclasses.replace(concepts[0], initializer="zzyzx")
     with pytest.raises(ValueError, match="initializer 'zzyzx': must be one token"):
-        train(backbone, [long], settings, scratch=tmp_path)
+        train_alone(backbone, [long], settings, scratch=tmp_path)
 
 
-def test_begin_of_text_takes_no_gradient(backbone, concepts, settings, tmp_path, monkeypatch):
+def test_begin_of_text_takes_no_gradient():
     """K and V of position 0 are detached: a caption of which only position 0 is read trains nothing."""
-    import training.loop as loop
-
-    captured = []
-
-    def spy(module, inputs, output):
-        result = original(module, inputs, output)
-        if result.requires_grad:
-            captured.append(
-                torch.autograd.grad(result[:, 0].sum(), module.weight, retain_graph=True, allow_unused=True)[0]
-            )
-        return result
-
-    original = loop._detach_begin_of_text
-    monkeypatch.setattr(loop, "_detach_begin_of_text", spy)
-    train(backbone, concepts[:1], dataclasses.replace(settings, steps=1), scratch=tmp_path)
-    assert captured and all(g is None or not g.any() for g in captured)
+    layer = StackedLinear(torch.nn.Linear(4, 3, bias=False))
+    text = torch.randn(2, 5, 4, requires_grad=True)
+    made = layer(text)
+    assert torch.allclose(made, torch.nn.functional.linear(text, layer.weight[0]))
+    made[:, 0].sum().backward(retain_graph=True) if made[:, 0].requires_grad else None
+    assert layer.weight.grad is None or not layer.weight.grad.any()
+    assert text.grad is None or not text.grad.any()
 
 
 def test_token_rows_leave_the_table_alone(backbone):
@@ -129,12 +129,93 @@ def test_token_rows_leave_the_table_alone(backbone):
 
 def test_logs_and_samples(backbone, concepts, settings, tmp_path):
     drawn: list[int] = []
-    train(
+    train_alone(
         backbone,
         concepts[:1],
         dataclasses.replace(settings, sample_every=3),
         scratch=tmp_path,
-        sample=lambda path, step: (drawn.append(step), Image.new("RGB", (8, 8)).save(path))[0],
+        sample=lambda _, path, step: (drawn.append(step), Image.new("RGB", (8, 8)).save(path))[0],
     )
     assert drawn == [3, 6]
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+# --- packs -----------------------------------------------------------------------------------------------
+
+
+def _members(concepts, settings, folder, count=2) -> list[Member]:
+    """Concepts with different numbers of images, their own seeds, learning rates and numbers of steps."""
+    made = []
+    for i in range(count):
+        own = dataclasses.replace(
+            settings,
+            seed=i,
+            steps=settings.steps + i % 3,
+            learning_rate=settings.learning_rate / (1 + i),
+            token_learning_rate=settings.learning_rate,
+            max_grad_norm=0.05 * (1 + i),
+        )
+        concept = dataclasses.replace(concepts[i % 2], name=f"c{i}", token=f"<c{i}>", initializer=i)
+        made.append(Member([concept], own, folder / f"{i}"))
+    return made
+
+
+def assert_same(backbone: Backbone, a: ConceptWeights, b: ConceptWeights) -> None:
+    """The same trained weights but for rounding: to 1e-5 of the weights, and to 1e-3 of what training changed.
+
+    Adam divides a gradient by its own size, so that where gradients are nearly zero their rounding errors count in full.
+    """
+    for name, layer in backbone.layers.items():
+        difference = (a.deltas[name] - b.deltas[name]).norm()
+        assert difference < 1e-5 * (layer.weight + b.deltas[name]).norm(), name
+        assert difference < 1e-3 * b.deltas[name].norm(), name
+    for token, rows in b.tokens.items():
+        for row, expected in zip(a.tokens[token], rows, strict=True):
+            assert (row - expected).norm() < 1e-5 * expected.norm(), token
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_packed_is_alone(backbone, concepts, settings, tmp_path, count):
+    members = _members(concepts, dataclasses.replace(settings, steps=20), tmp_path, count)
+    packed = {member.concepts[0].name: result for member, result in train(backbone, members)}
+    assert list(packed) == sorted(packed, key=lambda name: len(packed[name].metadata["losses"]))
+    for member in members:
+        alone = train_alone(
+            backbone, member.concepts, member.settings, scratch=tmp_path / "alone" / member.scratch.name
+        )
+        together = packed[member.concepts[0].name]
+        assert together.metadata["steps"] == member.settings.steps
+        assert_same(backbone, together, alone)
+
+
+def test_a_diverged_member_leaves_the_others_alone(backbone, concepts, settings, tmp_path):
+    members = _members(concepts, settings, tmp_path, 3)
+    features = members[1].concepts[0].features
+    broken = dataclasses.replace(features, latents=features.latents * float("inf"))
+    members[1] = dataclasses.replace(
+        members[1], concepts=[dataclasses.replace(members[1].concepts[0], features=broken)]
+    )
+    ends = {member.concepts[0].name: result for member, result in train(backbone, members)}
+    assert isinstance(ends["c1"], TrainingDiverged) and "c1: the loss became nan at step 1" in str(ends["c1"])
+    for member in (members[0], members[2]):
+        alone = train_alone(
+            backbone, member.concepts, member.settings, scratch=tmp_path / "alone" / member.scratch.name
+        )
+        assert_same(backbone, ends[member.concepts[0].name], alone)
+
+
+def test_a_member_goes_on_in_another_pack(backbone, concepts, settings, tmp_path):
+    first, second, third = _members(concepts, settings, tmp_path, 3)
+    whole = train_alone(backbone, first.concepts, first.settings, scratch=tmp_path / "whole")
+    cut = dataclasses.replace(first, settings=dataclasses.replace(first.settings, steps=4))
+    list(train(backbone, [cut, second]))
+    resumed = dict((m.concepts[0].name, w) for m, w in train(backbone, [third, first]))["c0"]
+    assert resumed.metadata["losses"][:4] == pytest.approx(whole.metadata["losses"][:4], rel=1e-4)
+    assert_same(backbone, resumed, whole)
+
+
+def test_members_that_cannot_share_a_pack(backbone, concepts, settings, tmp_path):
+    first, second = _members(concepts, settings, tmp_path)
+    second = dataclasses.replace(second, settings=dataclasses.replace(settings, batch_size=3))
+    with pytest.raises(ValueError, match="one batch size"):
+        list(train(backbone, [first, second]))

@@ -1,0 +1,107 @@
+"""Concept packs against one concept at a time: memory and speed at the shapes of Stable Diffusion 1.4.
+
+A process each for packs of 1, 2, 4 and 8 concepts, random weights, 64-pixel images (as small as the UNet takes),
+batches of 1 + 1, float32: its peak resident memory and seconds a step; and packs of 1 and 8 on the miniature, batches
+of 4 + 4.
+Aims: 8 concepts in at most 1.6 times the memory of one (8 processes take 8 times), nowhere slower per concept than
+alone, on the miniature faster.
+
+The last line printed is one JSON object; `throughput_ratio_8` is the concept-steps a second of the pack of 8 over those
+of concepts alone, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIZES = (1, 2, 4, 8)
+
+
+def measure(base: str, count: int) -> dict[str, float]:
+    """Train a pack of `count` in this process: seconds a step (the median), peak resident bytes."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import shapes  # after the arguments are known: it imports torch
+
+    from pipeline.spec import MINIATURE
+    from training.attention import use_attention
+    from training.backbone import load_backbone
+    from training.loop import train
+
+    moments: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if base == "sd":
+            backbone = shapes.stable_diffusion()
+            pack = shapes.members(count, Path(scratch), resolution=64, batch_size=1, steps=4)
+        else:
+            backbone = load_backbone(MINIATURE / "model")
+            use_attention(backbone.unet, "sdpa")
+            pack = miniature_members(shapes, count, Path(scratch))
+
+        def progress(member, step: int, loss: float) -> None:
+            if member is pack[-1]:
+                moments.append(time.perf_counter())
+
+        for _ in train(backbone, pack, progress=progress):
+            pass
+    intervals = sorted(b - a for a, b in itertools.pairwise(moments))
+    return {
+        "seconds": intervals[len(intervals) // 2],
+        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def miniature_members(shapes, count: int, scratch: Path):
+    """As `shapes.members`, in the miniature's shapes."""
+    import torch
+
+    from training.backbone import TextFeatures
+    from training.features import ConceptFeatures, RegularizationFeatures
+
+    prior = RegularizationFeatures(torch.randn(16, 32, 8, 8), TextFeatures(torch.randn(16, 32, 192)))
+    made = []
+    for member in shapes.members(count, scratch, resolution=64, batch_size=4, steps=12):
+        features = ConceptFeatures(torch.randn(8, 32, 8, 8), torch.ones(8, 1, 8, 8), [""] * 8)
+        concept = dataclasses.replace(member.concepts[0], features=features, regularization=prior)
+        made.append(dataclasses.replace(member, concepts=[concept]))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, metavar=("BASE", "COUNT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        base, count = arguments.measure
+        print(json.dumps(measure(base, int(count))))
+        return
+    figures: dict[str, float] = {}
+    for base, sizes in (("sd", SIZES), ("miniature", (1, 8))):
+        for count in sizes:
+            command = [sys.executable, __file__, "--measure", base, str(count)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            speed = count / found["seconds"]
+            print(
+                f"{base:10} pack of {count}: {found['bytes'] / 2**30:5.2f} GiB, {speed:6.2f} concept-steps/s",
+                flush=True,
+            )
+            figures |= {f"{base}_gib_{count}": found["bytes"] / 2**30, f"{base}_speed_{count}": speed}
+    figures |= {
+        "memory_ratio_8": figures["sd_gib_8"] / figures["sd_gib_1"],
+        "throughput_ratio_8": figures["sd_speed_8"] / figures["sd_speed_1"],
+        "miniature_throughput_ratio_8": figures["miniature_speed_8"] / figures["miniature_speed_1"],
+    }
+    print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
