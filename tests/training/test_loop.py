@@ -163,7 +163,7 @@ def _members(concepts, settings, folder, count=2) -> list[Member]:
 def assert_same(backbone: Backbone, a: ConceptWeights, b: ConceptWeights) -> None:
     """The same trained weights but for rounding: to 1e-5 of the weights, and to 1e-3 of what training changed.
 
-    Adam divides a gradient by its own size, so that where gradients are nearly zero their rounding errors count in full.
+    Adam divides a gradient by its own size: where gradients are nearly zero, their rounding errors count in full.
     """
     for name, layer in backbone.layers.items():
         difference = (a.deltas[name] - b.deltas[name]).norm()
