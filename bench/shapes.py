@@ -19,7 +19,7 @@ from pipeline.spec import MINIATURE  # noqa: E402
 from training.attention import use_attention  # noqa: E402
 from training.backbone import Backbone, TextFeatures  # noqa: E402
 from training.features import ConceptFeatures, RegularizationFeatures  # noqa: E402
-from training.loop import Member, TrainingConcept, TrainingSettings  # noqa: E402
+from training.run import Member, TrainingConcept, TrainingSettings  # noqa: E402
 
 
 def stable_diffusion(dtype: torch.dtype = torch.float32) -> Backbone:

@@ -251,22 +251,33 @@ def make_plan(batch: ConceptBatch) -> Plan:
     return Plan(batch, tuple(stages), tuple(notes))
 
 
+_HOW = {
+    "attention",
+    "pack_size",
+    "strategy",
+    "ranks",
+    "deepspeed",
+    "gradient_checkpointing",
+    "compile",
+    "checkpoint_every",
+    "sample_every",
+}
+"""Settings of the training that change how fast the weights come, not what they are (but for rounding)."""
+
 _PLACES: dict[str, Any] = {
     "output": True,
     "store": True,
     "publish": {"to"},
     "concepts": {"__all__": {"images"}},
     "retrieval": {"corpus", "base_url", "block_list"},
-    "training": {"attention", "pack_size", "checkpoint_every", "sample_every"},
+    "training": _HOW,
     "merge": {"partial"},
 }
 """What of a batch says where or how, not what: no part of a release."""
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
-    settings = batch.training.model_dump(
-        exclude={"method", "augment", "views", "attention", "pack_size", "checkpoint_every", "sample_every"}
-    )
+    settings = batch.training.model_dump(exclude={"method", "augment", "views", *_HOW})
     if len(group) == 1:
         settings |= group[0].training.model_dump(exclude_none=True)
     settings["steps"] = settings["steps"] or 250 * len(group)
@@ -279,8 +290,7 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
         tuple(features[c.name] for c in group),
         {
             "base": batch.base_path,
-            "attention": batch.training.attention,
-            "checkpoint_every": batch.training.checkpoint_every,
+            **batch.training.model_dump(include=_HOW),
             "sample_every": batch.training.sample_every or settings["steps"],
         },
     )

@@ -99,6 +99,17 @@ class Retrieval(Section):
     """Rows of the miniature corpus."""
 
 
+class Zero(Section):
+    """DeepSpeed's part of the spec."""
+
+    stage: Literal[1, 2, 3] = 2
+    """What the ranks share out: 1 the optimizer's state, 2 the gradients too, 3 the frozen model too."""
+    offload: bool = False
+    """Keep the optimizer's state, and with stage 3 the weights, in the machine's memory."""
+    config: str = ""
+    """A DeepSpeed configuration (JSON) used as it is, instead of one made of these settings."""
+
+
 class Training(Section):
     method: Literal["separate", "joint"] = "separate"
     """One set of weights each, folded by the merge; or all concepts trained together into one set."""
@@ -126,6 +137,15 @@ class Training(Section):
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     pack_size: Positive | Literal["auto"] = "auto"
     """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds."""
+    strategy: Literal["single", "ddp", "deepspeed"] = "single"
+    """How several ranks share a step's batch; single: one process a pack."""
+    ranks: Positive = 1
+    """Processes (GPUs) that train one set of weights together; `batch_size` stays what it is, for all of them."""
+    deepspeed: Zero = Zero()
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the UNet: minutes at the start, faster steps."""
     seed: int = Field(0, ge=0)
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
@@ -135,6 +155,14 @@ class Training(Section):
     @classmethod
     def _prompt_names_the_concept(cls, value: str) -> str:
         return _with_placeholder(value)
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Training:
+        if self.strategy == "single" and self.ranks > 1:
+            raise ValueError(f"ranks: {self.ranks} need strategy 'ddp' or 'deepspeed'; 'single' is one process")
+        if self.batch_size % self.ranks:
+            raise ValueError(f"batch_size: {self.batch_size} cannot be shared evenly by {self.ranks} ranks")
+        return self
 
 
 class Merge(Section):
@@ -327,6 +355,9 @@ def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
         current = update.get(section, getattr(batch, section))
         if current.clip != "miniature" and (folder / current.clip).is_dir():
             update[section] = current.model_copy(update={"clip": place(current.clip)})
+    if batch.training.deepspeed.config:
+        zero = batch.training.deepspeed.model_copy(update={"config": place(batch.training.deepspeed.config)})
+        update["training"] = batch.training.model_copy(update={"deepspeed": zero})
     if batch.base != "miniature" and (folder / batch.base).is_dir():
         update["base"] = place(batch.base)
     return batch.model_copy(update=update)

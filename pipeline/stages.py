@@ -54,7 +54,9 @@ from training.features import (
     regularization_features,
 )
 from training.images import load_images
-from training.loop import Member, TrainingConcept, TrainingDiverged, TrainingSettings, train
+from training.loop import train
+from training.run import Member, TrainingConcept, TrainingDiverged, TrainingSettings
+from training.strategies import Single
 from training.weights import ConceptWeights, token_tensors, tokens_from
 
 Progress = Callable[[str, int, int], None]
@@ -163,18 +165,30 @@ def features(work: Work) -> None:
 
 
 def train_pack(
-    stages: Sequence[Stage], store: Store, progress: Callable[[Stage, str, int, int], None]
+    stages: Sequence[Stage],
+    store: Store,
+    progress: Callable[[Stage, str, int, int], None],
+    strategy: Single | None = None,
 ) -> dict[str, str]:
     """Train the stages as one concept pack over one resident base; those the store has are left out.
 
-    Each artifact is written as its member ends. Returns: key -> why, of the stages whose training diverged.
+    Each artifact is written as its member ends. strategy: how the ranks that call this alike share the work.
+    Returns: key -> why, of the stages whose training diverged.
     """
+    strategy = strategy or Single()
     todo = [stage for stage in stages if not store.has(stage.kind, stage.key)]
     if not todo:
         return {}
     params, places = todo[0].params, todo[0].places
     backbone = _backbone(places["base"], training_dtype(params["training"]["precision"]))
     use_attention(backbone.unet, places["attention"])
+    if places["gradient_checkpointing"]:
+        backbone.unet.enable_gradient_checkpointing()
+    else:
+        backbone.unet.disable_gradient_checkpointing()
+    backbone.unet._compiled_call_impl = None
+    if places["compile"]:
+        backbone.unet.compile()
     members = [_member(stage, store) for stage in todo]
     stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
 
@@ -184,18 +198,22 @@ def train_pack(
         ]
         images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
         rows = [images[i : i + 4] for i in range(0, len(images), 4)]
-        grid(rows, labels=[f"{c.name}, step {step}" for c in member.concepts]).save(path)
+        if strategy.rank == 0:
+            grid(rows, labels=[f"{c.name}, step {step}" for c in member.concepts]).save(path)
 
     def report_step(member: Member, step: int, loss: float) -> None:
-        progress(stage_of[id(member)], "steps", step, member.settings.steps)
+        if strategy.rank == 0:
+            progress(stage_of[id(member)], "steps", step, member.settings.steps)
 
     failures = {}
     start = time.time()
-    for member, result in train(backbone, members, sample=sample, progress=report_step):
+    for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
         stage = stage_of[id(member)]
         if isinstance(result, TrainingDiverged):
             failures[stage.key] = str(result)
             continue
+        if strategy.rank:
+            continue  # the first rank writes
         seconds = round((time.time() - start) / len(members), 3)  # its part of the pack's
         description = {"name": stage.name, "params": stage.params, "seconds": seconds}
         with store.create(stage.kind, stage.key, description) as out:
@@ -203,6 +221,7 @@ def train_pack(
             shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
             for path in sorted(member.scratch.glob("samples-*.png")):
                 shutil.copy(path, out)
+    backbone.unet._compiled_call_impl = None  # drawing asks for many other shapes
     return failures
 
 

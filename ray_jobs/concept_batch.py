@@ -32,6 +32,7 @@ from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
+from ray_jobs.ranks import on_ranks, train_on_ranks
 
 ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
 """Stages that run the model, on a GPU where the cluster has any."""
@@ -157,9 +158,12 @@ class Failure:
     upstream: bool = False
 
 
-def _work(stages: tuple[Stage, ...], root: str, board: Any, *upstream: dict[str, Failure]) -> dict[str, Failure]:
-    """Do one stage, or several trainings as a pack. Failures are returned, not raised: what does not depend on them
-    goes on. Key -> failure."""
+def _work(
+    stages: tuple[Stage, ...], root: str, board: Any, cpus: int, gpus: bool, *upstream: dict[str, Failure]
+) -> dict[str, Failure]:
+    """Do one stage, or several trainings as a pack, with so many CPU cores, and a GPU if any. Failures are returned,
+    not raised: what does not depend on them goes on. Key -> failure."""
+    torch.set_num_threads(cpus)
     broken = {key for failures in upstream for key in failures}
     failures, runnable = {}, []
     for stage in stages:
@@ -176,8 +180,12 @@ def _work(stages: tuple[Stage, ...], root: str, board: Any, *upstream: dict[str,
 
     store = Store(root)
     try:
-        if stages[0].kind == "train":
-            failures |= {key: Failure(why) for key, why in train_pack(runnable, store, progress).items()}
+        if stages[0].kind == "train" and runnable:
+            if on_ranks(stages[0]):
+                diverged = train_on_ranks(runnable[0], store, board, cpus=cpus, gpus=gpus)
+            else:
+                diverged = train_pack(runnable, store, progress)
+            failures |= {key: Failure(why) for key, why in diverged.items()}
         elif runnable:
             run_stage(runnable[0], store, functools.partial(progress, runnable[0]))
     except Exception as error:
@@ -203,13 +211,16 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     for stages in jobs:
         kind = stages[0].kind
         needs = {refs[source.key] for stage in stages for source in stage.inputs if source.key in refs}
-        share = max(1, min(most, int(resources.get("CPU", 1)) // counts[kind]))
+        ranks = plan.batch.training.ranks if on_ranks(stages[0]) else 1
+        share = max(1, min(most, int(resources.get("CPU", 1)) // (counts[kind] * ranks)))
+        cpus = share if kind in ON_DEVICE and not gpus else 1
+        waits = on_ranks(stages[0])  # for the processes that Ray Train starts: those take the resources
         ref = work.options(
-            num_cpus=share if kind in ON_DEVICE and not gpus else 1,
-            num_gpus=1 if gpus and kind in ON_DEVICE else 0,
+            num_cpus=0 if waits else cpus,
+            num_gpus=1 if gpus and kind in ON_DEVICE and not waits else 0,
             max_retries=2,
             name=" ".join([kind, *(stage.name for stage in stages)]),
-        ).remote(stages, store.root, board, *needs)
+        ).remote(stages, store.root, board, cpus, bool(gpus), *needs)
         refs |= {stage.key: ref for stage in stages}
     return _follow(jobs, refs, board)
 
@@ -221,6 +232,8 @@ def _nodes() -> list[dict[str, Any]]:
 
 def _packs(plan: Plan, trainings: list[Stage]) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
+    if on_ranks(trainings[0]):
+        return [(stage,) for stage in trainings]
     size, nodes = plan.batch.training.pack_size, _nodes()
     devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
     if size == "auto":

@@ -15,7 +15,8 @@ from pipeline.miniature import world
 from pipeline.spec import MINIATURE
 from training.backbone import Backbone, load_backbone
 from training.features import concept_features, regularization_features
-from training.loop import TrainingConcept, TrainingSettings
+from training.run import TrainingConcept, TrainingSettings
+from training.weights import ConceptWeights
 
 torch.set_num_threads(1)
 
@@ -39,7 +40,7 @@ def concepts(backbone: Backbone) -> list[TrainingConcept]:
     return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings() -> TrainingSettings:
     return TrainingSettings(
         steps=6,
@@ -54,3 +55,21 @@ def settings() -> TrainingSettings:
         checkpoint_every=2,
         sample_every=100,
     )
+
+
+@pytest.fixture(scope="session")
+def same_weights(backbone: Backbone):
+    """Asserts that two trained weights are the same but for rounding: to 1e-5 of the weights, and to 1e-3 of what
+    training changed. Adam divides a gradient by its own size: where gradients are nearly zero, their rounding errors
+    count in full."""
+
+    def check(a: ConceptWeights, b: ConceptWeights) -> None:
+        for name, layer in backbone.layers.items():
+            difference = (a.deltas[name] - b.deltas[name]).norm()
+            assert difference < 1e-5 * (layer.weight + b.deltas[name]).norm(), name
+            assert difference < 1e-3 * b.deltas[name].norm(), name
+        for token, rows in b.tokens.items():
+            for row, expected in zip(a.tokens[token], rows, strict=True):
+                assert (row - expected).norm() < 1e-5 * expected.norm(), token
+
+    return check

@@ -10,8 +10,9 @@ from PIL import Image
 
 from training.backbone import Backbone, TokenRows
 from training.features import ConceptFeatures
-from training.loop import Member, TrainingDiverged, train
+from training.loop import train
 from training.pack import StackedLinear
+from training.run import Member, TrainingDiverged
 from training.weights import ConceptWeights
 
 
@@ -160,22 +161,8 @@ def _members(concepts, settings, folder, count=2) -> list[Member]:
     return made
 
 
-def assert_same(backbone: Backbone, a: ConceptWeights, b: ConceptWeights) -> None:
-    """The same trained weights but for rounding: to 1e-5 of the weights, and to 1e-3 of what training changed.
-
-    Adam divides a gradient by its own size: where gradients are nearly zero, their rounding errors count in full.
-    """
-    for name, layer in backbone.layers.items():
-        difference = (a.deltas[name] - b.deltas[name]).norm()
-        assert difference < 1e-5 * (layer.weight + b.deltas[name]).norm(), name
-        assert difference < 1e-3 * b.deltas[name].norm(), name
-    for token, rows in b.tokens.items():
-        for row, expected in zip(a.tokens[token], rows, strict=True):
-            assert (row - expected).norm() < 1e-5 * expected.norm(), token
-
-
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_packed_is_alone(backbone, concepts, settings, tmp_path, count):
+def test_packed_is_alone(backbone, same_weights, concepts, settings, tmp_path, count):
     members = _members(concepts, dataclasses.replace(settings, steps=20), tmp_path, count)
     packed = {member.concepts[0].name: result for member, result in train(backbone, members)}
     assert list(packed) == sorted(packed, key=lambda name: len(packed[name].metadata["losses"]))
@@ -185,10 +172,10 @@ def test_packed_is_alone(backbone, concepts, settings, tmp_path, count):
         )
         together = packed[member.concepts[0].name]
         assert together.metadata["steps"] == member.settings.steps
-        assert_same(backbone, together, alone)
+        same_weights(together, alone)
 
 
-def test_a_diverged_member_leaves_the_others_alone(backbone, concepts, settings, tmp_path):
+def test_a_diverged_member_leaves_the_others_alone(backbone, same_weights, concepts, settings, tmp_path):
     members = _members(concepts, settings, tmp_path, 3)
     features = members[1].concepts[0].features
     broken = dataclasses.replace(features, latents=features.latents * float("inf"))
@@ -201,17 +188,17 @@ def test_a_diverged_member_leaves_the_others_alone(backbone, concepts, settings,
         alone = train_alone(
             backbone, member.concepts, member.settings, scratch=tmp_path / "alone" / member.scratch.name
         )
-        assert_same(backbone, ends[member.concepts[0].name], alone)
+        same_weights(ends[member.concepts[0].name], alone)
 
 
-def test_a_member_goes_on_in_another_pack(backbone, concepts, settings, tmp_path):
+def test_a_member_goes_on_in_another_pack(backbone, same_weights, concepts, settings, tmp_path):
     first, second, third = _members(concepts, settings, tmp_path, 3)
     whole = train_alone(backbone, first.concepts, first.settings, scratch=tmp_path / "whole")
     cut = dataclasses.replace(first, settings=dataclasses.replace(first.settings, steps=4))
     list(train(backbone, [cut, second]))
     resumed = dict((m.concepts[0].name, w) for m, w in train(backbone, [third, first]))["c0"]
     assert resumed.metadata["losses"][:4] == pytest.approx(whole.metadata["losses"][:4], rel=1e-4)
-    assert_same(backbone, resumed, whole)
+    same_weights(resumed, whole)
 
 
 def test_members_that_cannot_share_a_pack(backbone, concepts, settings, tmp_path):

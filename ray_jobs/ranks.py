@@ -1,0 +1,94 @@
+"""Train one set of weights on several ranks with Ray Train, which places them and starts lost ones again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from pipeline.plan import Stage
+from pipeline.stages import train_pack
+from pipeline.store import Store
+from training.strategies import DDP, DeepSpeed, Single, deepspeed_config
+
+RESTARTS = 2
+"""Times that lost ranks are started again; they go on from the last checkpoint."""
+
+
+def on_ranks(stage: Stage) -> bool:
+    """Whether a stage is a training of several processes."""
+    return stage.kind == "train" and stage.places["strategy"] != "single"
+
+
+def train_on_ranks(stage: Stage, store: Store, board: Any, *, cpus: int, gpus: bool) -> dict[str, str]:
+    """Train the stage on as many ranks as it says, each with so many CPU cores, or a GPU.
+
+    Returns: key -> why, when the training diverged. Raises: ray.train.TrainingFailedError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            _rank,
+            train_loop_config={"stage": stage, "root": store.root, "board": board, "threads": None if gpus else cpus},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=stage.places["ranks"], use_gpu=gpus, resources_per_worker={"CPU": 1 if gpus else cpus}
+            ),
+            # nothing is kept there: checkpoints and results go to the store
+            run_config=ray.train.RunConfig(
+                name=stage.key,
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+            ),
+        )
+        metrics = trainer.fit().metrics or {}
+    return metrics.get("failures", {})
+
+
+def _rank(config: dict[str, Any]) -> None:
+    stage, board = config["stage"], config["board"]
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    last = 0.0
+
+    def progress(stage: Stage, what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5 or done == total:
+            last = time.monotonic()
+            board.put.remote(stage.key, what, done, total)
+
+    failures = train_pack([stage], Store(config["root"]), progress, strategy_of(stage))
+    ray.train.report({"failures": failures})
+
+
+def strategy_of(stage: Stage) -> Single:
+    """What a stage of the kind `train` asks for, in a process that torch.distributed knows as a rank."""
+    if stage.places["strategy"] == "ddp":
+        return DDP()
+    settings, zero = stage.params["training"], stage.places["deepspeed"]
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if zero["config"]:
+        return DeepSpeed(read_deepspeed_config(zero["config"]))
+    share = settings["batch_size"] // stage.places["ranks"]
+    return DeepSpeed(deepspeed_config(share, settings["max_grad_norm"], zero=zero["stage"], offload=zero["offload"]))
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """Raises: ValueError when it cannot be read, or asks for what the batch file says."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"training.deepspeed.config: {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"training.deepspeed.config: {path}: expected a JSON object")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise ValueError(f"training.deepspeed.config: {path}: {key!r} is not used: learning rates are `training`'s")
+    return config

@@ -1,0 +1,186 @@
+"""One training and where it stands: its weights, optimizer, losses, checkpoint and log."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from training.backbone import Backbone
+from training.checkpoint import optimizer_tensors, restore_optimizer, save_tensors
+from training.features import ConceptFeatures, RegularizationFeatures
+from training.pack import StackedLinear
+from training.weights import ConceptWeights
+
+
+class TrainingDiverged(ValueError):
+    """The loss became NaN or infinite; the last checkpoint is the one before."""
+
+
+@dataclass(frozen=True)
+class TrainingConcept:
+    """One concept as the loop sees it."""
+
+    name: str
+    token: str
+    initializer: str | int
+    """A word of one token, or which of `backbone.RARE_WORDS`."""
+    class_word: str
+    features: ConceptFeatures
+    regularization: RegularizationFeatures | None
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """See `pipeline.spec.Training` for meanings and the paper's values."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    token_learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    prior_weight: float
+    prompt: str
+    seed: int
+    checkpoint_every: int
+    sample_every: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """What becomes one set of weights: one concept, or several trained jointly. scratch: where its checkpoint is."""
+
+    concepts: Sequence[TrainingConcept]
+    settings: TrainingSettings
+    scratch: Path
+
+
+Checkpoint = tuple[dict[str, torch.Tensor], dict[str, str]]
+"""Tensors and metadata: `weight.<layer>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses. It is the same
+whatever the strategy was and however many ranks there were."""
+
+
+class Run:
+    """A member in training. Its weights are slices of the pack's, which its own optimizer moves."""
+
+    def __init__(
+        self,
+        member: Member,
+        backbone: Backbone,
+        tokens: Sequence[nn.Parameter],
+        span: slice,
+        found: Checkpoint | None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        """tokens: the pack's token rows, of each text encoder; the member's are those at `span`, as views.
+        found: the checkpoint to go on from. writes: whether this process keeps the checkpoint and the log."""
+        self.member, self.span = member, span
+        self.matrices = {n: nn.Parameter(layer.weight.float().clone()) for n, layer in backbone.layers.items()}
+        self.rows = [nn.Parameter(rows.data[span]) for rows in tokens]
+        self.losses: list[float] = []
+        if found:
+            tensors, metadata = found
+            with torch.no_grad():
+                for name, weight in self.matrices.items():
+                    weight.copy_(tensors[f"weight.{name}"])
+                for i, row in enumerate(self.rows):
+                    row.copy_(tensors[f"rows.{i}"])
+            self.losses = json.loads(metadata["losses"])
+        self.trained: list[nn.Parameter] = [*self.matrices.values(), *self.rows]
+        self.optimizer = self.make_optimizer(list(self.matrices.values()), self.rows)
+        if found:
+            restore_optimizer(self.optimizer, found[0])
+        self.checkpoint = member.scratch / "checkpoint.safetensors"
+        self.log = None
+        if writes:
+            member.scratch.mkdir(parents=True, exist_ok=True)
+            purge_step = len(self.losses) + 1 if self.losses else None
+            self.log = SummaryWriter(str(member.scratch / "tensorboard"), purge_step=purge_step)
+
+    def make_optimizer(self, matrices: list[nn.Parameter], rows: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        settings = self.member.settings
+        return torch.optim.AdamW(
+            [
+                {"params": matrices, "lr": settings.learning_rate},
+                {"params": list(rows), "lr": settings.token_learning_rate},
+            ],
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.member.settings.steps
+
+    def take_gradients(self, place: int, layers: dict[str, StackedLinear], tokens: Sequence[nn.Parameter]) -> None:
+        """The member's slice of the pack's gradients, as its weights are slices of the pack's."""
+        for name, weight in self.matrices.items():
+            gradient = layers[name].weight.grad
+            weight.grad = None if gradient is None else gradient[place]
+        for row, rows in zip(self.rows, tokens, strict=True):
+            row.grad = None if rows.grad is None else rows.grad[self.span]
+
+    def update(self, loss: float) -> None:
+        """One step of the optimizer with the gradients at hand.
+
+        Raises: TrainingDiverged for a loss or gradient that is no number; the weights then stay what they were.
+        """
+        norm = nn.utils.clip_grad_norm_(self.trained, self.member.settings.max_grad_norm).item()
+        self.check(loss, norm)
+        self.optimizer.step()
+        self.record(loss, norm)
+
+    def check(self, loss: float, norm: float) -> None:
+        for what, number in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(number):
+                raise TrainingDiverged(
+                    f"{', '.join(c.name for c in self.member.concepts)}: the {what} became {number} at step "
+                    f"{self.step + 1}; the checkpoint of an earlier step stays in {self.member.scratch}; lower "
+                    f"training.learning_rate (now {self.member.settings.learning_rate})"
+                )
+
+    def record(self, loss: float, norm: float) -> None:
+        self.losses.append(loss)
+        if self.log:
+            self.log.add_scalar("loss", loss, self.step)
+            self.log.add_scalar("gradient_norm", norm, self.step)
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def values(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The matrices by layer, (out, d), and the token rows of each text encoder, float32."""
+        return dict(self.matrices), list(self.rows)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return optimizer_tensors(self.optimizer)
+
+    def save(self) -> None:
+        matrices, rows = self.values()
+        tensors = {f"weight.{name}": weight for name, weight in matrices.items()}
+        tensors |= {f"rows.{i}": row for i, row in enumerate(rows)} | self.optimizer_state()
+        if self.log:
+            save_tensors(self.checkpoint, tensors, {"losses": json.dumps(self.losses)})
+
+    def weights(self, backbone: Backbone) -> ConceptWeights:
+        matrices, rows = self.values()
+        deltas = {n: (w.detach() - backbone.layers[n].weight.float()).cpu() for n, w in matrices.items()}
+        concepts = self.member.concepts
+        tokens = {c.token: [row[i].detach().cpu().clone() for row in rows] for i, c in enumerate(concepts)}
+        described = [{"name": c.name, "token": c.token, "class_word": c.class_word} for c in concepts]
+        metadata = {"base": backbone.digest, "concepts": described, "steps": self.step, "losses": self.losses}
+        return ConceptWeights(deltas, tokens, metadata)
