@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -68,6 +69,53 @@ def plan(batch_file: BatchFile, output: Output = None) -> None:
     print(
         f"{todo} of {len(made.stages)} stages to do, about {seconds:.0f} s of computing on one device of this machine"
     )
+
+
+Address = Annotated[
+    str | None, typer.Option(help="Of the cluster's dashboard: http://HEAD:8265; RAY_API_SERVER_ADDRESS by default.")
+]
+Job = Annotated[str, typer.Argument(help="The job's id, as `submit` and `status` say it.")]
+
+
+@app.command()
+def submit(
+    batch_file: BatchFile,
+    address: Address = None,
+    output: Output = None,
+    wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+) -> None:
+    """Run a batch as a job of a Ray cluster; its folder is sent along. Exit code 1 when the job fails."""
+    from ray_jobs.jobs import follow
+    from ray_jobs.jobs import submit as submit_job
+
+    job = submit_job(batch_file, address, output)
+    print(f"submitted {job}", flush=True)
+    if wait:
+        status = asyncio.run(follow(job, address))
+        print(f"{job} {status.value}")
+        if status.value != "SUCCEEDED":
+            raise typer.Exit(1)
+
+
+@app.command()
+def status(job: Annotated[str | None, typer.Argument(help="One job; all when empty.")] = None, address: Address = None):
+    """Say how the jobs of a Ray cluster stand."""
+    from ray_jobs.jobs import describe, find, jobs
+
+    found = [find(job, address)] if job else jobs(address)
+    for details in found:
+        print("\n".join(describe(details)))
+    if not found:
+        print("no jobs")
+
+
+@app.command()
+def stop(job: Job, address: Address = None) -> None:
+    """Stop a job. What it has finished stays in the store; submitted again, the batch goes on from there."""
+    from ray_jobs.jobs import stop as stop_job
+
+    stop_job(job, address)
+    print(f"asked {job} to stop")
 
 
 @app.command()

@@ -58,11 +58,7 @@ def run(batch: ConceptBatch) -> Outcome:
     Raises: ValueError for bad input; StageFailed naming every stage that failed.
     """
     if os.environ.get("RAY_ADDRESS"):
-        for key, place in (("store", batch.store_url), ("publish.to", batch.release_url)):
-            if "://" not in place and not os.path.isabs(place):
-                raise ValueError(
-                    f"{key}: {place!r} is relative; on a cluster give a URL or a path that all nodes share"
-                )
+        check_places(batch)
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = _plan_usable(batch)
@@ -91,6 +87,14 @@ def run(batch: ConceptBatch) -> Outcome:
         if shortfall := concept.get("regularization", {}).get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
     return Outcome(release.url, output / "report.html", figures, tuple(failures))
+
+
+def check_places(batch: ConceptBatch) -> None:
+    """Raises: ValueError for places that other machines would not find."""
+    for key, place in (("store", batch.store_url), ("publish.to", batch.release_url), ("output", batch.output_path)):
+        if "://" not in place and not os.path.isabs(place):
+            url = "" if key == "output" else "a URL or "
+            raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
 
 
 def _plan_usable(batch: ConceptBatch) -> tuple[Plan, list[str]]:
@@ -256,23 +260,34 @@ def _follow(jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any) -> 
     waiting = {refs[stages[0].key]: stages for stages in jobs}
     by_key = {stage.key: stage for stages in jobs for stage in stages}
     bars: dict[str, tqdm] = {}
-    with tqdm(total=len(by_key), desc="stages", unit="stage") as total:
+    quarters: dict[str, int] = {}
+    on_terminal = sys.stderr.isatty()  # else lines, as a job's log wants them
+    with tqdm(total=len(by_key), desc="stages", unit="stage", disable=not on_terminal) as total:
+        ended = 0
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             running = {stage.key for stages in waiting.values() for stage in stages}
             for key, (what, count, of) in ray.get(board.get.remote()).items():
-                if key in running:
-                    if key not in bars:
-                        title = f"{by_key[key].kind} {by_key[key].name}"
-                        bars[key] = tqdm(total=of, desc=title, unit=what, leave=False)
-                    bars[key].n = count
-                    bars[key].refresh()
+                if key not in running:
+                    continue
+                title = f"{by_key[key].kind} {by_key[key].name}"
+                if key not in bars:
+                    bars[key] = tqdm(total=of, desc=title, unit=what, leave=False, disable=not on_terminal)
+                bars[key].n = count
+                bars[key].refresh()
+                if not on_terminal and quarters.get(key, 0) < 4 * count // of:
+                    quarters[key] = 4 * count // of
+                    print(f"{title}: {count} of {of} {what}", file=sys.stderr, flush=True)
             for ref in done:
                 stages = waiting.pop(ref)
                 for stage in stages:
                     if stage.key in bars:
                         bars[stage.key].close()
                 total.update(len(stages))
+                ended += len(stages)
+                if not on_terminal:
+                    names = ", ".join(stage.name for stage in stages)
+                    print(f"{stages[0].kind} {names}: ended, {ended} of {len(by_key)}", file=sys.stderr, flush=True)
                 try:
                     failures = ray.get(ref)
                 except ray.exceptions.RayError as error:  # its process died, more often than Ray tries again

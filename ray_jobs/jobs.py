@@ -1,0 +1,87 @@
+"""Batches as jobs of a running Ray cluster, through Ray's job client. The project is installed on the cluster's nodes;
+the batch's folder, with the images in it, is sent along."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from pipeline.spec import load_batch
+from ray_jobs.concept_batch import check_places
+
+
+def client(address: str | None) -> JobSubmissionClient:
+    """address: of the dashboard, `http://head:8265`; Ray's environment variables where it is None.
+
+    Raises: ValueError when there is no cluster, or it wants another token.
+    """
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"no Ray cluster at {address or 'the default address'}: {str(error).strip().splitlines()[0]} "
+            "(--address http://HEAD:8265 says where; its token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH "
+            "or ~/.ray/auth_token, with RAY_AUTH_MODE=token)"
+        ) from None
+
+
+def submit(batch_file: Path, address: str | None, output: str | None) -> str:
+    """Check the batch here, then start it there. Returns the job's id."""
+    batch = load_batch(batch_file)
+    batch = batch.model_copy(update={"output": output}) if output else batch
+    check_places(batch)
+    folder = batch_file.resolve().parent
+    outside = [i for c in batch.concepts for i in c.images if "://" not in i and not Path(i).is_relative_to(folder)]
+    if outside:
+        raise ValueError(f"{batch_file}: {outside[0]} is not in {folder}: only the batch's own folder is sent along")
+    entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *(["--output", output] if output else [])]
+    return client(address).submit_job(
+        entrypoint=shlex.join(entrypoint),
+        submission_id=f"{batch.name}-{secrets.token_hex(3)}",
+        runtime_env={"working_dir": str(folder)},
+        metadata={"batch": batch.name},
+    )
+
+
+def jobs(address: str | None) -> list[JobDetails]:
+    """All jobs that were submitted, oldest first."""
+    found = [job for job in client(address).list_jobs() if job.submission_id]
+    return sorted(found, key=lambda job: job.start_time or 0)
+
+
+def find(job: str, address: str | None) -> JobDetails:
+    """Raises: ValueError when there is no such job."""
+    found = jobs(address)
+    for details in found:
+        if details.submission_id == job:
+            return details
+    known = ", ".join(str(details.submission_id) for details in found[-5:]) or "none"
+    raise ValueError(f"no job {job!r}; the last ones: {known}")
+
+
+def stop(job: str, address: str | None) -> None:
+    """Ask a job to end; what it finished stays in the store. Raises: ValueError when there is no such job."""
+    find(job, address)
+    client(address).stop_job(job)
+
+
+async def follow(job: str, address: str | None) -> JobStatus:
+    """Print a job's log until it ends; returns how it ended."""
+    connection = client(address)
+    async for lines in connection.tail_job_logs(job):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+    return connection.get_job_status(job)
+
+
+def describe(details: JobDetails) -> Iterator[str]:
+    """A job in words, line by line."""
+    seconds = ((details.end_time or details.start_time or 0) - (details.start_time or 0)) / 1000
+    yield f"{details.submission_id}  {details.status.value}" + (f"  {seconds:.0f} s" if details.end_time else "")
+    if details.status in (JobStatus.FAILED, JobStatus.STOPPED) and details.message:
+        yield f"  {details.message.strip().splitlines()[0]}"

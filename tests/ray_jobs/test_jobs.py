@@ -1,0 +1,115 @@
+"""A batch as a job of a real cluster, token authentication left on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.miniature.world import concept_images
+from pipeline.store import MANIFEST
+from ray_jobs import cli
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """(address, environment) of a cluster of this machine that asks for a token."""
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_DISABLE_USAGE_STATS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    dashboard, port = _free_port(), _free_port()
+    command = [RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield f"http://127.0.0.1:{dashboard}", environment
+    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def polyconcept(cluster):
+    address, environment = cluster
+
+    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ray_jobs.cli", *arguments, "--address", address]
+        done = subprocess.run(command, env=environment | changes, capture_output=True, text=True, timeout=400)
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def batch(tmp_path) -> Path:
+    (tmp_path / "b" / "cat").mkdir(parents=True)
+    for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
+        image.save(tmp_path / "b" / "cat" / f"{i}.png")
+    content = {
+        "name": "job",
+        "output": str(tmp_path / "out"),
+        "concepts": [{"name": "cat", "images": "cat", "class_word": "cat"}],
+        "training": {"steps": 8, "batch_size": 2, "views": 4, "regularization": "none", "checkpoint_every": 2},
+        "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0},
+    }
+    (tmp_path / "b" / "batch.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "b" / "batch.yaml"
+
+
+@pytest.mark.slow
+def test_submit_status_stop(polyconcept, batch, tmp_path):
+    assert "no jobs" in polyconcept("status").stdout
+    refused = polyconcept("status", RAY_AUTH_TOKEN="another")
+    assert refused.returncode == 2 and "RAY_AUTH_TOKEN" in refused.stderr
+    unknown = polyconcept("stop", "job-x")
+    assert unknown.returncode == 2 and "no job 'job-x'" in unknown.stderr
+
+    # stopped on the way: only whole artifacts stay
+    job = polyconcept("submit", str(batch), "--no-wait").stdout.split()[-1]
+    until = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("store/features/*")) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert f"asked {job} to stop" in polyconcept("stop", job).stdout
+    while "STOPPED" not in polyconcept("status", job).stdout and time.monotonic() < until:
+        time.sleep(0.5)
+    artifacts = [p for p in (tmp_path / "out" / "store").glob("[!.]*/*")]
+    assert artifacts and all((p / MANIFEST).exists() for p in artifacts)
+    features = next((tmp_path / "out" / "store" / "features").iterdir()).stat().st_mtime_ns
+
+    # submitted again, as Ray's own command does it: it goes on from there
+    done = polyconcept("submit", str(batch))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train cat: 8 of 8 steps" in done.stdout and "made release" in done.stdout
+    assert next((tmp_path / "out" / "store" / "features").iterdir()).stat().st_mtime_ns == features
+    assert (tmp_path / "out" / "report.html").exists()
+    assert polyconcept("status").stdout.count("job-") == 2
+
+
+def test_what_is_not_sent(batch, capsys):
+    """Refused before any cluster is asked."""
+    text = batch.read_text()
+    for changed, message in (
+        (text.replace("images: cat", "images: ../b2/cat"), "only the batch's own folder is sent along"),
+        (text.replace(f"output: {batch.parent.parent}", "output: runs"), "is relative; on a cluster"),
+    ):
+        batch.write_text(changed)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["submit", str(batch)])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
