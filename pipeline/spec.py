@@ -296,6 +296,13 @@ class ConceptBatch(Section):
     def base_path(self) -> str:
         return base_path(self.base)
 
+    def check_places(self) -> None:
+        """Raises: ValueError for places that other machines would not find."""
+        for key, place in (("store", self.store_url), ("publish.to", self.release_url), ("output", self.output_path)):
+            if "://" not in place and not os.path.isabs(place):
+                url = "" if key == "output" else "a URL or "
+                raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
+
     def prompts_of(self, concept: Concept) -> tuple[str, ...]:
         return concept.prompts or self.evaluation.prompts
 

@@ -58,7 +58,7 @@ def run(batch: ConceptBatch) -> Outcome:
     Raises: ValueError for bad input; StageFailed naming every stage that failed.
     """
     if os.environ.get("RAY_ADDRESS"):
-        check_places(batch)
+        batch.check_places()
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = _plan_usable(batch)
@@ -87,14 +87,6 @@ def run(batch: ConceptBatch) -> Outcome:
         if shortfall := concept.get("regularization", {}).get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
     return Outcome(release.url, output / "report.html", figures, tuple(failures))
-
-
-def check_places(batch: ConceptBatch) -> None:
-    """Raises: ValueError for places that other machines would not find."""
-    for key, place in (("store", batch.store_url), ("publish.to", batch.release_url), ("output", batch.output_path)):
-        if "://" not in place and not os.path.isabs(place):
-            url = "" if key == "output" else "a URL or "
-            raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
 
 
 def _plan_usable(batch: ConceptBatch) -> tuple[Plan, list[str]]:

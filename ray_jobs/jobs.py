@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.spec import load_batch
-from ray_jobs.concept_batch import check_places
 
 
 def client(address: str | None) -> JobSubmissionClient:
@@ -22,7 +22,7 @@ def client(address: str | None) -> JobSubmissionClient:
     """
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         raise ValueError(
             f"no Ray cluster at {address or 'the default address'}: {str(error).strip().splitlines()[0]} "
             "(--address http://HEAD:8265 says where; its token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH "
@@ -34,7 +34,7 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
     """Check the batch here, then start it there. Returns the job's id."""
     batch = load_batch(batch_file)
     batch = batch.model_copy(update={"output": output}) if output else batch
-    check_places(batch)
+    batch.check_places()
     folder = batch_file.resolve().parent
     outside = [i for c in batch.concepts for i in c.images if "://" not in i and not Path(i).is_relative_to(folder)]
     if outside:
