@@ -13,7 +13,6 @@ of concepts alone, one after the other.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import resource
@@ -40,11 +39,12 @@ def measure(base: str, count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         if base == "sd":
             backbone = shapes.stable_diffusion()
-            pack = shapes.members(count, Path(scratch), resolution=64, batch_size=1, steps=4)
+            data = shapes.stable_diffusion_data(64)
+            pack = shapes.members(count, Path(scratch), **data, batch_size=1, steps=4)
         else:
             backbone = load_backbone(MINIATURE / "model")
             use_attention(backbone.unet, "sdpa")
-            pack = miniature_members(shapes, count, Path(scratch))
+            pack = shapes.members(count, Path(scratch), **shapes.MINIATURE_DATA, batch_size=4, steps=12)
 
         def progress(member, step: int, loss: float) -> None:
             if member is pack[-1]:
@@ -57,22 +57,6 @@ def measure(base: str, count: int) -> dict[str, float]:
         "seconds": intervals[len(intervals) // 2],
         "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def miniature_members(shapes, count: int, scratch: Path):
-    """As `shapes.members`, in the miniature's shapes."""
-    import torch
-
-    from training.backbone import TextFeatures
-    from training.features import ConceptFeatures, RegularizationFeatures
-
-    prior = RegularizationFeatures(torch.randn(16, 32, 8, 8), TextFeatures(torch.randn(16, 32, 192)))
-    made = []
-    for member in shapes.members(count, scratch, resolution=64, batch_size=4, steps=12):
-        features = ConceptFeatures(torch.randn(8, 32, 8, 8), torch.ones(8, 1, 8, 8), [""] * 8)
-        concept = dataclasses.replace(member.concepts[0], features=features, regularization=prior)
-        made.append(dataclasses.replace(member, concepts=[concept]))
-    return made
 
 
 def main() -> None:

@@ -53,9 +53,18 @@ def stable_diffusion(dtype: torch.dtype = torch.float32) -> Backbone:
     return backbone
 
 
-def members(count: int, scratch: Path, *, resolution: int, batch_size: int, steps: int) -> list[Member]:
-    """Concepts of random latents and text features, with 16 regularisation images each."""
-    side = resolution // 8
+def stable_diffusion_data(resolution: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of Stable Diffusion's latents and text features at a resolution in pixels, for `members`."""
+    return {"latent": (4, resolution // 8, resolution // 8), "text": (77, 768)}
+
+
+MINIATURE_DATA = {"latent": (32, 8, 8), "text": (32, 192)}
+
+
+def members(
+    count: int, scratch: Path, *, latent: tuple[int, ...], text: tuple[int, ...], batch_size: int, steps: int
+) -> list[Member]:
+    """Concepts of random latents (c, h, w) and text features (n, d), with 16 regularisation images each."""
     settings = TrainingSettings(
         steps=steps,
         batch_size=batch_size,
@@ -69,10 +78,10 @@ def members(count: int, scratch: Path, *, resolution: int, batch_size: int, step
         checkpoint_every=10**9,
         sample_every=10**9,
     )
-    prior = RegularizationFeatures(torch.randn(16, 4, side, side), TextFeatures(torch.randn(16, 77, 768)))
+    prior = RegularizationFeatures(torch.randn(16, *latent), TextFeatures(torch.randn(16, *text)))
     made = []
     for i in range(count):
-        features = ConceptFeatures(torch.randn(8, 4, side, side), torch.ones(8, 1, side, side), [""] * 8)
+        features = ConceptFeatures(torch.randn(8, *latent), torch.ones(8, 1, *latent[1:]), [""] * 8)
         concept = TrainingConcept(f"c{i}", f"<c{i}>", i, "cat", features, prior)
         made.append(Member([concept], settings, scratch / str(i)))
     return made

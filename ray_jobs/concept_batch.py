@@ -32,6 +32,7 @@ from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
+from ray_jobs.captions import index_on_actors, on_actors
 from ray_jobs.ranks import on_ranks, train_on_ranks
 
 ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
@@ -154,12 +155,21 @@ class Failure:
     upstream: bool = False
 
 
+@dataclass(frozen=True)
+class _Share:
+    """Of the cluster, what a task may use: CPU cores, and whether GPUs; devices: how many there are in all."""
+
+    cpus: int
+    gpus: bool
+    devices: int
+
+
 def _work(
-    stages: tuple[Stage, ...], root: str, board: Any, cpus: int, gpus: bool, *upstream: dict[str, Failure]
+    stages: tuple[Stage, ...], root: str, board: Any, share: _Share, *upstream: dict[str, Failure]
 ) -> dict[str, Failure]:
-    """Do one stage, or several trainings as a pack, with so many CPU cores, and a GPU if any. Failures are returned,
-    not raised: what does not depend on them goes on. Key -> failure."""
-    torch.set_num_threads(cpus)
+    """Do one stage, or several trainings as a pack. Failures are returned, not raised: what does not depend on them
+    goes on. Key -> failure."""
+    torch.set_num_threads(share.cpus)
     broken = {key for failures in upstream for key in failures}
     failures, runnable = {}, []
     for stage in stages:
@@ -178,10 +188,12 @@ def _work(
     try:
         if stages[0].kind == "train" and runnable:
             if on_ranks(stages[0]):
-                diverged = train_on_ranks(runnable[0], store, board, cpus=cpus, gpus=gpus)
+                diverged = train_on_ranks(runnable[0], store, board, cpus=share.cpus, gpus=share.gpus)
             else:
                 diverged = train_pack(runnable, store, progress)
             failures |= {key: Failure(why) for key, why in diverged.items()}
+        elif runnable and on_actors(stages[0], share.devices):
+            index_on_actors(stages[0], store, devices=share.devices, cpus=share.cpus, gpus=share.gpus)
         elif runnable:
             run_stage(runnable[0], store, functools.partial(progress, runnable[0]))
     except Exception as error:
@@ -197,27 +209,32 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     for kind, group in itertools.groupby(todo, lambda stage: stage.kind):
         same = list(group)
         jobs += _packs(plan, same) if kind == "train" else [(stage,) for stage in same]
-    resources = ray.cluster_resources()
-    gpus, nodes = resources.get("GPU", 0), _nodes()
+    resources, nodes = ray.cluster_resources(), _nodes()
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
+    devices, ranks = gpus or len(nodes), plan.batch.training.ranks
     counts = collections.Counter(stages[0].kind for stages in jobs)
     board = ray.remote(Board).options(num_cpus=0).remote()
     work = ray.remote(_work)
     refs: dict[str, Any] = {}
+    waiting: list[Any] = []
     for stages in jobs:
-        kind = stages[0].kind
+        kind, together = stages[0].kind, on_ranks(stages[0])
         needs = {refs[source.key] for stage in stages for source in stage.inputs if source.key in refs}
-        ranks = plan.batch.training.ranks if on_ranks(stages[0]) else 1
-        share = max(1, min(most, int(resources.get("CPU", 1)) // (counts[kind] * ranks)))
+        share = max(1, min(most, cores // (counts[kind] * (ranks if together else 1))))
         cpus = share if kind in ON_DEVICE and not gpus else 1
-        waits = on_ranks(stages[0])  # for the processes that Ray Train starts: those take the resources
+        # such a task only waits for processes that it has Ray start, and those take the resources
+        waits = together or on_actors(stages[0], devices)
+        if together and len(waiting) >= max(1, devices // ranks):
+            needs.add(waiting[-max(1, devices // ranks)])  # no more at a time than there are devices for
         ref = work.options(
             num_cpus=0 if waits else cpus,
             num_gpus=1 if gpus and kind in ON_DEVICE and not waits else 0,
             max_retries=2,
             name=" ".join([kind, *(stage.name for stage in stages)]),
-        ).remote(stages, store.root, board, cpus, bool(gpus), *needs)
+        ).remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
         refs |= {stage.key: ref for stage in stages}
+        waiting += [ref] if together else []
     return _follow(jobs, refs, board)
 
 

@@ -47,6 +47,12 @@ def read_corpus(path: str, *, batch_size: int = 8192) -> Iterator[pa.RecordBatch
             yield batch.filter(usable(batch))
 
 
+def corpus_files(path: str) -> list[str]:
+    """The parquet files of a corpus, each a corpus of its own to `read_corpus`, in its order."""
+    filesystem, files = _files(path, ".parquet")
+    return [filesystem.unstrip_protocol(file) for file in files]
+
+
 def read_table(filesystem: fsspec.AbstractFileSystem, file: str, batch_size: int) -> Iterator[pa.RecordBatch]:
     """Read one parquet file under the columns' common names, every row of it, also those without url or caption."""
     with filesystem.open(file, "rb") as stream:

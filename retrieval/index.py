@@ -62,6 +62,17 @@ def build_index(
         ValueError: there are no captions, or `out` is there already.
     """
     blocks = ((encode(batch.column("caption").to_pylist()), batch) for batch in batches if batch.num_rows)
+    return build_index_from_blocks(blocks, out, model=model, shard_rows=shard_rows)
+
+
+def build_index_from_blocks(
+    blocks: Iterable[tuple[np.ndarray, pa.RecordBatch]],
+    out: Path,
+    *,
+    model: str | None = None,
+    shard_rows: int = SHARD_ROWS,
+) -> Path:
+    """As `build_index`, of captions encoded already: (n, d) float32 rows of unit length beside their n rows."""
     return _write([blocks], Path(out), model, shard_rows)
 
 

@@ -1,0 +1,81 @@
+"""Captions of a large corpus, read and encoded by all of a cluster's devices with Ray Data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline.plan import Stage
+from pipeline.store import Store
+from retrieval.clip import load_clip
+from retrieval.corpus import corpus_files, precomputed, read_corpus
+from retrieval.index import build_index_from_blocks
+
+BATCH = 8192
+"""Captions an actor encodes at a time."""
+
+
+def on_actors(stage: Stage, devices: int) -> bool:
+    """Whether a stage is the encoding of a corpus that several devices can share: one of more than one file."""
+    if stage.kind != "index" or devices < 2 or stage.places["corpus"] == "miniature":
+        return False
+    return not precomputed(stage.places["corpus"]) and len(corpus_files(stage.places["corpus"])) > 1
+
+
+def index_on_actors(stage: Stage, store: Store, *, devices: int, cpus: int, gpus: bool) -> None:
+    """Make the artifact of a stage of the kind `index`, one encoding actor on each device."""
+    if store.has(stage.kind, stage.key):
+        return
+    clip = stage.places["clip"]
+    blocks = encoded_corpus(stage.places["corpus"], clip, actors=devices, cpus=cpus, gpus=gpus)
+    with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
+        build_index_from_blocks(blocks, out / "index", model=load_clip(clip).digest)
+
+
+def encoded_corpus(
+    corpus: str, clip: str, *, actors: int, cpus: int, gpus: bool
+) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """Unit text features, (n, d) float32, beside their rows (`retrieval.corpus.read_corpus`), in the corpus's order.
+
+    actors: processes that hold the CLIP model, each on so many CPU cores, or a GPU.
+    """
+    files = corpus_files(corpus)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    dataset = (
+        ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
+        .map_batches(_read, batch_size=1)
+        .map_batches(
+            _Encoder,
+            fn_constructor_args=(clip,),
+            batch_size=BATCH,
+            batch_format="pyarrow",
+            concurrency=(1, actors),
+            num_gpus=1 if gpus else 0,
+            num_cpus=1 if gpus else cpus,
+        )
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for part in batch.combine_chunks().to_batches():
+            column = part.column("embedding")
+            vectors = column.flatten().to_numpy().reshape(len(column), -1)
+            yield vectors, part.drop_columns(["embedding"])
+
+
+def _read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+    for file in batch["file"]:
+        for rows in read_corpus(str(file)):
+            yield pa.table(rows)
+
+
+class _Encoder:
+    def __init__(self, clip: str) -> None:
+        self.clip = load_clip(clip)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        vectors = self.clip.encode_text(rows.column("caption").to_pylist())
+        flat = pa.array(vectors.ravel())
+        return rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
