@@ -44,34 +44,44 @@ TRAINED_BYTES = 16
 
 
 @dataclass(frozen=True)
-class _Model:
+class ModelSize:
+    """A base model in numbers, counted from its shapes.
+
+    unet_flops: of one forward pass of one sample. vae_flops: of encoding one image. parameters: of all parts. trained:
+    of the text K/V matrices. kept_bytes: what one sample of a training step keeps for the backward pass, float32.
+    """
+
     unet_flops: float
     vae_flops: float
     parameters: int
     trained: int
     kept_bytes: float
-    """What one sample of a training step keeps for the backward pass, float32."""
+    text_width: int
+    latent_numbers: int
+    """Of one image."""
+    pixels: int
+    """Side of an image."""
 
 
 def estimates(plan: Plan) -> dict[str, Estimate]:
     """Stage key -> estimate, for each stage of the plan; a training's is that of a pack of its own."""
-    model, speed = _measure(local_model(plan.batch.base_path)), _device_speed()
+    model, speed = model_size(plan.batch.base_path), _device_speed()
     return {stage.key: _estimate(stage, plan, model, speed) for stage in plan}
 
 
 def pack_bytes(plan: Plan, members: int) -> float:
     """Peak memory, bytes, of a process (on the CPU) or device that trains so many sets of weights as one pack."""
-    return _pack_bytes(plan, _measure(local_model(plan.batch.base_path)), members)
+    return _pack_bytes(plan, model_size(plan.batch.base_path), members)
 
 
 def pack_size(plan: Plan, memory: float) -> int:
     """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free."""
-    model = _measure(local_model(plan.batch.base_path))
+    model = model_size(plan.batch.base_path)
     alone, each = _pack_bytes(plan, model, 1), _pack_bytes(plan, model, 2) - _pack_bytes(plan, model, 1)
     return max(1, 1 + int((0.9 * memory - alone) // each))
 
 
-def _pack_bytes(plan: Plan, model: _Model, members: int) -> float:
+def _pack_bytes(plan: Plan, model: ModelSize, members: int) -> float:
     settings = plan.batch.training
     width = 2 if training_dtype(settings.precision) == torch.bfloat16 else 4
     samples = settings.batch_size * (2 if settings.regularization == "real" else 1)
@@ -80,7 +90,7 @@ def _pack_bytes(plan: Plan, model: _Model, members: int) -> float:
     return process + model.parameters * width + members * each
 
 
-def _estimate(stage: Stage, plan: Plan, model: _Model, speed: float) -> Estimate:
+def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estimate:
     resident = (PROCESS + model.parameters * 4) / 2**30
     if stage.kind == "features":
         views = len(stage.params["images"]) * max(1, stage.params["views"]) + plan.batch.retrieval.images
@@ -100,8 +110,13 @@ def _estimate(stage: Stage, plan: Plan, model: _Model, speed: float) -> Estimate
     return Estimate(None, None)
 
 
+def model_size(base: str) -> ModelSize:
+    """Count a base model: a diffusers folder or hub name. Raises: ValueError when there is no such model."""
+    return _measure(local_model(base))
+
+
 @functools.lru_cache(maxsize=2)
-def _measure(folder: Path) -> _Model:
+def _measure(folder: Path) -> ModelSize:
     def config(part: str) -> dict[str, Any]:
         return json.loads((folder / part / "config.json").read_text())
 
@@ -135,12 +150,15 @@ def _measure(folder: Path) -> _Model:
         pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
         with FlopCounterMode(display=False) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
-    return _Model(
+    return ModelSize(
         unet_count.get_total_flops(),
         vae_count.get_total_flops(),
         sum(_numbers(file) for part in PARTS for file in (folder / part).glob("*.safetensors")),
         sum(layer.weight.numel() for layer in trained.values()),
         sum(kept.values()),
+        width,
+        latents.numel(),
+        pixels,
     )
 
 

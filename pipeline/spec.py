@@ -342,7 +342,7 @@ def load_batch(path: str | Path) -> ConceptBatch:
     try:
         batch = ConceptBatch.model_validate(data)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, ConceptBatch))) from None
     return _resolve(batch, path.parent)
 
 
@@ -416,13 +416,14 @@ def _nearest(key: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """What is wrong with a file that was to be a `root`, a line for each key."""
     lines = []
     for item in error.errors():
         location = item["loc"]
         key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
         if item["type"] == "extra_forbidden":
-            known = _fields_at(location[:-1])
+            known = _fields_at(root, location[:-1])
             lines.append(f"{key}: unknown key{_nearest(str(location[-1]), known)}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
@@ -433,8 +434,7 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = ConceptBatch
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if part == "concepts":
             model = Concept

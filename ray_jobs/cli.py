@@ -42,7 +42,15 @@ def run(batch_file: BatchFile, output: Output = None) -> None:
 
 
 @app.command()
-def plan(batch_file: BatchFile, output: Output = None) -> None:
+def plan(
+    batch_file: BatchFile,
+    output: Output = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Predict the batch on the cluster that this YAML file describes, instead.")
+    ] = None,
+    concepts: Annotated[int | None, typer.Option(min=1, help="With --cluster: as if there were so many.")] = None,
+    captions: Annotated[int, typer.Option(min=1, help="With --cluster: rows of the corpus.")] = 1_000_000,
+) -> None:
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
     from pipeline.estimate import estimates
     from pipeline.plan import make_plan
@@ -50,6 +58,12 @@ def plan(batch_file: BatchFile, output: Output = None) -> None:
 
     batch = _load(batch_file, output)
     made = make_plan(batch)
+    if cluster:
+        from pipeline.scaling import describe, load_cluster, predict
+
+        count = concepts or len(batch.concepts)
+        print("\n".join(describe(*predict(made, load_cluster(cluster), concepts=count, captions=captions))))
+        return
     store, cost = Store(batch.store_url), estimates(made)
     print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")

