@@ -174,25 +174,39 @@ def sample(
 
 @app.command()
 def merge(
-    weights: Annotated[list[Path], typer.Argument(help="weights.safetensors of separately trained concepts.")],
     captions: Annotated[Path, typer.Option(help="Regularisation captions, one a line.")],
+    weights: Annotated[
+        list[Path] | None, typer.Argument(help="weights.safetensors of separately trained concepts.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("merged.safetensors"),
     base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
     form: Annotated[
         Literal["auto", "hard", "soft"],
         typer.Option(help="Constraints met exactly, or as a penalty; auto: exactly while they are independent."),
     ] = "auto",
+    sums: Annotated[
+        Path | None,
+        typer.Option(help="What is merged already: read when it is there, and written anew. Takes the soft form."),
+    ] = None,
+    remove: Annotated[
+        list[Path] | None, typer.Option(help="weights.safetensors of concepts to take out of --sums.")
+    ] = None,
 ) -> None:
-    """Fold concept weights into one low-rank model, without a batch file."""
+    """Fold concept weights into one low-rank model, without a batch file.
+
+    With --sums one concept is added to, replaced in or removed from a merged model without the other concepts' files.
+    """
     from pipeline.merge.files import merge_files
     from pipeline.spec import base_path
 
-    model, report = merge_files(weights, captions, base_path(base), form=form)
-    model.save(out)
-    worst = max(report.residuals.items(), key=lambda item: item[1])
+    model, report = merge_files(
+        weights or (), captions, base_path(base), form=form, sums=sums, remove=remove or (), out=out
+    )
+    worst = max(report.residuals.items(), key=lambda item: item[1], default=None)
     print(
-        f"made {out}: {len(report.residuals)} concepts, {report.rows} constraint rows, {report.form} form, "
-        f"{out.stat().st_size / 1e6:.2f} MB, worst residual {worst[1]:.1e} ({worst[0]}), drift {report.drift:.3f}"
+        f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form, "
+        f"{out.stat().st_size / 1e6:.2f} MB, {f'worst residual {worst[1]:.1e} ({worst[0]}), ' if worst else ''}"
+        f"drift {report.drift:.3f}"
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline.estimate import pack_size
@@ -214,7 +215,8 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
     devices, ranks = gpus or len(nodes), plan.batch.training.ranks
     counts = collections.Counter(stages[0].kind for stages in jobs)
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()  # other nodes may go away
     work = ray.remote(_work)
     refs: dict[str, Any] = {}
     waiting: list[Any] = []

@@ -45,8 +45,8 @@ def settings() -> TrainingSettings:
     return TrainingSettings(
         steps=6,
         batch_size=2,
-        learning_rate=1e-3,
-        token_learning_rate=1e-3,
+        learning_rate=1e-4,
+        token_learning_rate=1e-4,
         weight_decay=0.01,
         max_grad_norm=1.0,
         prior_weight=1.0,
@@ -59,15 +59,15 @@ def settings() -> TrainingSettings:
 
 @pytest.fixture(scope="session")
 def same_weights(backbone: Backbone):
-    """Asserts that two trained weights are the same but for rounding: to 1e-5 of the weights, and to 1e-3 of what
-    training changed. Adam divides a gradient by its own size: where gradients are nearly zero, their rounding errors
-    count in full."""
+    """Asserts that two trained weights are the same but for rounding: to 1e-5 of the weights, and to half a
+    percent of what training changed. Adam divides a gradient by its own size: where gradients are nearly zero, their
+    rounding errors count in full."""
 
     def check(a: ConceptWeights, b: ConceptWeights) -> None:
         for name, layer in backbone.layers.items():
             difference = (a.deltas[name] - b.deltas[name]).norm()
             assert difference < 1e-5 * (layer.weight + b.deltas[name]).norm(), name
-            assert difference < 1e-3 * b.deltas[name].norm(), name
+            assert difference < 5e-3 * b.deltas[name].norm(), name
         for token, rows in b.tokens.items():
             for row, expected in zip(a.tokens[token], rows, strict=True):
                 assert (row - expected).norm() < 1e-5 * expected.norm(), token

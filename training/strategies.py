@@ -107,6 +107,7 @@ class DeepSpeed(DDP):
         (run,) = runs
         assert isinstance(run, _ZeroRun)
         optimizer = run.adopt_parameters()
+        objective.to(memory_format=torch.contiguous_format)  # DeepSpeed sends parameters as rows of bytes
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=self.config)
         run.engine = self.engine
         return self.engine

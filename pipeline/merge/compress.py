@@ -73,13 +73,16 @@ def shared_factors(model: MergedModel, gram: torch.Tensor, max_rank: int) -> tup
 
 
 def in_half(model: MergedModel) -> MergedModel:
-    """The factors as float16, each layer's left columns and right rows balanced first so that neither under- nor
-    overflows (tokens stay float32)."""
+    """The factors as float16, so scaled that neither under- nor overflows (tokens stay float32).
+
+    A shared right factor is made orthonormal first: the solved one's rows are nearly alike, and what is left of them
+    after cancelling would be mostly rounding (residuals of 7e-2 where these give 5e-3).
+    """
     left, right = {}, {}
     if SHARED in model.right:
-        norms = model.right[SHARED].double().norm(dim=1).clamp(min=1e-30)
-        right[SHARED] = (model.right[SHARED].double() / norms[:, None]).half()
-        left = {layer: (value.double() * norms).half() for layer, value in model.left.items()}
+        basis, triangle = torch.linalg.qr(model.right[SHARED].double().T)
+        right[SHARED] = basis.T.half()
+        left = {layer: (value.double() @ triangle.T).half() for layer, value in model.left.items()}
     else:
         for layer in model.left:
             norms = model.right[layer].double().norm(dim=1).clamp(min=1e-30)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import torch
 
 from pipeline.merge.compress import in_half
-from pipeline.merge.constraints import constraint_of, regularization_rows
+from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
-from pipeline.merge.solve import MergeReport, merge
+from pipeline.merge.solve import MergeReport, Sums, damped_gram, merge, report, solve_soft
 from pipeline.release.publish import resolve
-from training.backbone import load_backbone
+from pipeline.spec import Merge
+from training.backbone import Backbone, load_backbone
 from training.checkpoint import load_tensors
-from training.weights import ConceptWeights
+from training.weights import ConceptWeights, token_tensors, tokens_from
+
+DEFAULTS = Merge()
 
 
 def load_change(place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]], str]:
@@ -38,38 +45,119 @@ def load_change(place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[tor
 
 
 def merge_files(
-    paths: Sequence[Path], captions: Path, base: str | Path, *, form: Literal["auto", "hard", "soft"]
+    paths: Sequence[Path],
+    captions: Path,
+    base: str | Path,
+    *,
+    form: Literal["auto", "hard", "soft"] = "auto",
+    sums: Path | None = None,
+    remove: Sequence[Path] = (),
+    out: Path,
 ) -> tuple[MergedModel, MergeReport]:
-    """Merge concept weight files over their base; float16 factors.
+    """Merge concept weight files over their base; float16 factors, written to `out`.
 
     Args:
         captions: text file of regularisation captions, one a line.
-    Raises: ValueError for weights of another base, two concepts with one token or name, or an empty caption file.
+        sums: file of what is merged already (`Sums`, with the concepts' tokens): read when it is there, and written
+            anew. A model merged from sums takes the soft form, and needs no files of the other concepts.
+        remove: weight files of concepts to take out of `sums`.
+    Raises: ValueError for weights of another base, two concepts with one token or name, an empty caption file, a
+        concept to remove that is not merged, the hard form with sums.
     """
+    if sums and form == "hard":
+        raise ValueError("merge: the hard form needs the files of all concepts; with sums it is the soft one")
+    if remove and not sums:
+        raise ValueError("merge: name the sums that concepts are to be removed from")
     backbone = load_backbone(base)
-    loaded = [ConceptWeights.load(path) for path in paths]
-    tokens: dict[str, list[torch.Tensor]] = {}
-    concepts: list[dict] = []
-    for path, weights in zip(paths, loaded, strict=True):
-        if weights.metadata.get("base") != backbone.digest:
-            raise ValueError(
-                f"{path}: trained over base {weights.metadata.get('base')}, not {backbone.digest} ({base})"
-            )
-        if twice := set(tokens) & set(weights.tokens):
-            raise ValueError(f"{path}: token {min(twice)!r} is another file's too; each concept needs its own")
-        tokens |= weights.tokens
-        concepts += weights.metadata["concepts"]
     lines = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{captions}: no captions in it; one a line is expected")
+    rows = regularization_rows(backbone, lines)
+    weights_of_layers = {name: layer.weight.data for name, layer in backbone.layers.items()}
+    merged = _Merged.load(sums, backbone) if sums and sums.exists() else _Merged(None, {}, [])
+    for path in remove:
+        merged = merged.without(path, backbone)
     constraints = []
-    for weights in loaded:
-        constraints += constraint_of(backbone, weights, ("{}", "photo of a {}"))
-    model, report = merge(
-        constraints,
-        regularization_rows(backbone, lines),
-        {name: layer.weight.data for name, layer in backbone.layers.items()},
-        form=form,
-    )
-    metadata = {"base": backbone.digest, "concepts": concepts}
-    return in_half(dataclasses.replace(model, tokens=tokens, metadata=metadata)), report
+    for path in paths:
+        merged, added = merged.with_added(path, backbone)
+        constraints += added
+    if not merged.concepts:
+        raise ValueError("merge: no concepts; name their weights.safetensors")
+    if sums:
+        parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])
+        total: Sums = functools.reduce(operator.add, parts)
+        merged = dataclasses.replace(merged, sums=total)
+        gram, scale = damped_gram(rows, DEFAULTS.damping)
+        model, condition = solve_soft(total, gram, DEFAULTS.penalty * scale)
+        result = report(model, constraints, rows, weights_of_layers, form="soft", condition=condition)
+        result = dataclasses.replace(result, rows=total.rows)
+    else:
+        model, result = merge(
+            constraints, rows, weights_of_layers, form=form, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
+        )
+    metadata = {"base": backbone.digest, "concepts": merged.concepts}
+    model = in_half(dataclasses.replace(model, tokens=merged.tokens, metadata=metadata))
+    model.save(out)
+    if sums:  # last: until it is written, the same command can be given again
+        merged.save(sums, backbone)
+    return model, result
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Concepts that are merged: their sums (None: only files so far), tokens and descriptions."""
+
+    sums: Sums | None
+    tokens: dict[str, list[torch.Tensor]]
+    concepts: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path, backbone: Backbone) -> _Merged:
+        tensors, metadata = load_tensors(path)
+        if "gram" not in tensors or "merged" not in metadata:
+            raise ValueError(f"{path}: holds no sums of a merge; found {sorted(tensors)[:3]}")
+        described = json.loads(metadata["merged"])
+        _check_base(path, described["base"], backbone)
+        return cls(Sums.load(path), tokens_from(tensors), described["concepts"])
+
+    def save(self, path: Path, backbone: Backbone) -> None:
+        assert self.sums
+        described = json.dumps({"base": backbone.digest, "concepts": self.concepts})
+        self.sums.save(path, token_tensors(self.tokens), {"merged": described})
+
+    def with_added(self, path: Path, backbone: Backbone) -> tuple[_Merged, list[Constraint]]:
+        """With the concepts of a file, and their constraints, which are not in the sums yet."""
+        weights = ConceptWeights.load(path)
+        _check_base(path, weights.metadata.get("base", ""), backbone)
+        names = {concept["name"] for concept in self.concepts}
+        for concept in weights.metadata["concepts"]:
+            if concept["name"] in names:
+                raise ValueError(
+                    f"{path}: a concept {concept['name']!r} is merged already; remove that one to replace it"
+                )
+        if twice := set(self.tokens) & set(weights.tokens):
+            raise ValueError(f"{path}: token {min(twice)!r} is another concept's too; each concept needs its own")
+        concepts = [*self.concepts, *weights.metadata["concepts"]]
+        return _Merged(self.sums, self.tokens | weights.tokens, concepts), constraint_of(
+            backbone, weights, DEFAULTS.prompts
+        )
+
+    def without(self, path: Path, backbone: Backbone) -> _Merged:
+        weights = ConceptWeights.load(path)
+        _check_base(path, weights.metadata.get("base", ""), backbone)
+        for token, rows in weights.tokens.items():
+            merged = self.tokens.get(token)
+            if merged is None or not all(torch.equal(a, b) for a, b in zip(merged, rows, strict=True)):
+                raise ValueError(f"{path}: these weights (token {token!r}) are not among the concepts merged")
+        tokens = {token: rows for token, rows in self.tokens.items() if token not in weights.tokens}
+        gone = {concept["name"] for concept in weights.metadata["concepts"]}
+        concepts = [concept for concept in self.concepts if concept["name"] not in gone]
+        assert self.sums
+        # of nothing but rounding, when no concept is left
+        sums = self.sums - Sums.over(constraint_of(backbone, weights, DEFAULTS.prompts)) if concepts else None
+        return _Merged(sums, tokens, concepts)
+
+
+def _check_base(path: Path, digest: str, backbone: Backbone) -> None:
+    if digest != backbone.digest:
+        raise ValueError(f"{path}: made over a base with digest {digest}, but this one has {backbone.digest}")

@@ -106,9 +106,13 @@ class Sums:
         names = tuple(name for name in self.names if name not in other.names)
         return Sums(self.gram - other.gram, cross, names, self.rows - other.rows)
 
-    def save(self, path: Path) -> None:
+    def save(
+        self, path: Path, beside: dict[str, torch.Tensor] | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
+        """beside, metadata: what else the file should hold."""
         tensors = {"gram": self.gram} | {f"cross.{layer}": value for layer, value in self.cross.items()}
-        save_tensors(path, tensors, {"names": json.dumps(self.names), "rows": str(self.rows)})
+        own = {"names": json.dumps(self.names), "rows": str(self.rows)}
+        save_tensors(path, tensors | (beside or {}), own | (metadata or {}))
 
     @classmethod
     def load(cls, path: Path) -> Sums:

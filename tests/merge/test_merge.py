@@ -17,7 +17,9 @@ from pipeline.merge.constraints import (
     save_constraints,
 )
 from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.merge.files import merge_files
 from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
+from pipeline.spec import MINIATURE
 from training.weights import ConceptWeights
 
 D, OUTS = 24, {"a.to_k": 16, "a.to_v": 16, "b.to_k": 40}
@@ -211,3 +213,51 @@ def test_constraint_rows_are_the_concepts_positions(backbone):
     name, delta = next(iter(deltas.items()))
     torch.testing.assert_close(constraint.changes[name], constraint.rows @ delta.double().T)
     assert regularization_rows(backbone, ["a cat", "photo of a dog"]).shape == (3 + 5, 192)
+
+
+def _weights(backbone, name: str, seed: int) -> ConceptWeights:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {k: 0.01 * torch.randn(v.weight.shape, generator=generator) for k, v in backbone.layers.items()}
+    width = backbone.text_encoders[0].get_input_embeddings().weight.shape[1]
+    described = [{"name": name, "token": f"<{name}>", "class_word": "cat"}]
+    row = 0.1 * torch.randn(width, generator=generator)
+    return ConceptWeights(deltas, {f"<{name}>": [row]}, {"concepts": described, "base": backbone.digest})
+
+
+def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
+    """With the sums alone, never with the other concepts' files."""
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    for seed, path in enumerate((a, b, c)):
+        _weights(backbone, path.stem, seed).save(path)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(f"photo of a {word}" for word in ("cat", "dog", "house", "tree", "car", "bus")))
+
+    def merged(*paths, sums="sums.safetensors", remove=()):
+        file = tmp_path / sums
+        made = merge_files(
+            paths, captions, MINIATURE / "model", sums=file, remove=remove, out=tmp_path / "m.safetensors"
+        )
+        return made[0]
+
+    merged(a, b)
+    b.rename(tmp_path / "away")
+    replaced = merged(c, remove=[a])
+    (tmp_path / "away").rename(b)
+    afresh = merged(b, c, sums="other.safetensors")
+    assert [concept["name"] for concept in replaced.metadata["concepts"]] == ["b", "c"]
+    assert set(replaced.tokens) == {"<b>", "<c>"}
+    rows = constraint_of(backbone, ConceptWeights.load(b), ("a {} in the snow",))[0].rows
+    for layer in backbone.layers:
+        done, wanted = (rows @ model.deltas[layer].double().T for model in (replaced, afresh))
+        assert (done - wanted).norm() < 2e-3 * wanted.norm()  # both are float16
+
+    stamp = (tmp_path / "sums.safetensors").read_bytes()
+    for arguments, message in (
+        (lambda: merged(c), "'c' is merged already"),
+        (lambda: merged(remove=[a]), "are not among the concepts merged"),
+        (lambda: merged(remove=[b, c]), "no concepts"),
+        (lambda: merged(a, sums="c.safetensors"), "holds no sums"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments()
+    assert (tmp_path / "sums.safetensors").read_bytes() == stamp

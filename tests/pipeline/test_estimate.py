@@ -19,7 +19,7 @@ PACKS = Path(__file__).parents[2] / "bench" / "packs.py"
 
 @pytest.fixture
 def plan(tmp_path) -> Plan:
-    concept_images("cat", "fxemoji", 1, seed=0)[0].save(tmp_path / "0.png")
+    concept_images("cat", "streamline-emojis", 1, seed=0)[0].save(tmp_path / "0.png")
     concept = {"name": "cat", "images": str(tmp_path), "class_word": "cat"}
     return make_plan(ConceptBatch.model_validate({"name": "one", "concepts": [concept]}))
 

@@ -27,7 +27,7 @@ def plan(tmp_path) -> Plan:
         for i, image in enumerate(concept_images(name, style, 2, seed=1)):
             image.save(tmp_path / name / f"{i}.png")
         concepts.append({"name": name, "images": str(tmp_path / name), "class_word": name})
-    training = {"steps": 40, "batch_size": 2, "views": 4, "learning_rate": 1e-3, "regularization": "none"}
+    training = {"steps": 40, "batch_size": 2, "views": 4, "learning_rate": 1e-4, "regularization": "none"}
     batch = ConceptBatch.model_validate(
         {"name": "two", "concepts": concepts, "training": training | {"pack_size": 1, "checkpoint_every": 5}}
     )

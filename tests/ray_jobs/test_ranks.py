@@ -27,7 +27,7 @@ def _training(tmp_path, **training):
     (tmp_path / "cat").mkdir(exist_ok=True)
     for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
         image.save(tmp_path / "cat" / f"{i}.png")
-    settings = {"regularization": "none", "batch_size": 4, "views": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
+    settings = {"regularization": "none", "batch_size": 4, "views": 4, "learning_rate": 1e-4, "checkpoint_every": 2}
     batch = ConceptBatch.model_validate(
         {
             "name": "small",
