@@ -34,6 +34,7 @@ def cluster(tmp_path_factory):
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_DISABLE_USAGE_STATS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs start `python`
     }
     dashboard, port = _free_port(), _free_port()
     command = [RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
@@ -86,6 +87,7 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
     until = time.monotonic() + 200
     while not list((tmp_path / "out").glob("store/features/*")) and time.monotonic() < until:
         time.sleep(0.2)
+    assert "RUNNING" in (told := polyconcept("status", job).stdout), told
     assert f"asked {job} to stop" in polyconcept("stop", job).stdout
     while "STOPPED" not in polyconcept("status", job).stdout and time.monotonic() < until:
         time.sleep(0.5)
