@@ -176,7 +176,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                             "miniature": retrieval.corpus == "miniature",
                         },
                         (candidates,),
-                        {"images": list(concept.images)},
+                        {"images": list(concept.images), "distributor": retrieval.distributor},
                     )
                 ),
             )
@@ -269,7 +269,7 @@ _PLACES: dict[str, Any] = {
     "store": True,
     "publish": {"to"},
     "concepts": {"__all__": {"images"}},
-    "retrieval": {"corpus", "base_url", "block_list"},
+    "retrieval": {"corpus", "base_url", "block_list", "distributor"},
     "training": _HOW,
     "merge": {"partial"},
 }

@@ -95,6 +95,9 @@ class Retrieval(Section):
     """Leave out rows whose NSFW score is above this, where the corpus has one."""
     block_list: str = ""
     """File with sha256 sums, one a line, of images never to use."""
+    distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
+    """img2dataset's. Each concept's images are one task of the cluster; with `ray` that task is spread over all nodes
+    too (few concepts, many nodes), and the store has to be a folder that all nodes share."""
     miniature_captions: Positive = 20_000
     """Rows of the miniature corpus."""
 
@@ -262,6 +265,14 @@ class ConceptBatch(Section):
         if self.base != "miniature" and toys:
             raise ValueError(
                 f"{', '.join(toys)}: 'miniature' knows only its own small world; name your own beside {self.base!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_share_the_store(self) -> ConceptBatch:
+        if self.retrieval.distributor == "ray" and "://" in self.store:
+            raise ValueError(
+                f"retrieval.distributor: 'ray' needs a store in a folder that all nodes share; found {self.store!r}"
             )
         return self
 

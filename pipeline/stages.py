@@ -41,9 +41,9 @@ from retrieval.clip import load_clip
 from retrieval.corpus import precomputed, read_corpus
 from retrieval.download import download
 from retrieval.images import perceptual_hash
-from retrieval.index import build_index, build_index_from_embeddings
+from retrieval.index import build_index, build_index_from_embeddings, search
 from retrieval.regularization import RegularizationSet
-from retrieval.select import candidates
+from retrieval.select import Search, candidates_by_class
 from training.attention import training_dtype, use_attention
 from training.backbone import Backbone, load_backbone
 from training.checkpoint import load_tensors, save_tensors
@@ -112,17 +112,24 @@ def index(work: Work) -> None:
         build_index(read_corpus(corpus), clip.encode_text, work.out / "index", model=clip.digest)
 
 
-def retrieve(work: Work) -> None:
-    params = work.stage.params
-    table = candidates(
-        work.input("index") / "index",
-        load_clip(work.stage.places["clip"]),
-        params["prompt"],
+def find_candidates(stages: Sequence[Stage], store: Store, search: Search = search) -> None:
+    """Make the artifacts of stages of the kind `candidates` over one index: all class prompts are one search."""
+    todo = [stage for stage in stages if not store.has(stage.kind, stage.key)]
+    if not todo:
+        return
+    params, (index,) = todo[0].params, todo[0].inputs
+    tables = candidates_by_class(
+        store.path(index.kind, index.key) / "index",
+        load_clip(todo[0].places["clip"]),
+        [stage.params["prompt"] for stage in todo],
         params["count"],
         max_nsfw=params["max_nsfw"],
         blocked_sha256=params["block_list"],
+        search=search,
     )
-    pq.write_table(table, work.out / "candidates.parquet")
+    for stage, table in zip(todo, tables, strict=True):
+        with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
+            pq.write_table(table, out / "candidates.parquet")
 
 
 def regularization(work: Work) -> None:
@@ -139,6 +146,7 @@ def regularization(work: Work) -> None:
             base_url=base_url,
             exclude=own,
             blocked_sha256=params["block_list"],
+            distributor=work.stage.places["distributor"],
         )
     if not found.got:
         raise ValueError(f"no regularisation image could be had: {found.shortfall}")
@@ -463,7 +471,6 @@ def _stacked(paths: list[Path]) -> Image.Image:
 
 FUNCTIONS: dict[str, Callable[[Work], None]] = {
     "index": index,
-    "candidates": retrieve,
     "regularization": regularization,
     "features": features,
     "constraints": constraints,

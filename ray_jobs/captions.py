@@ -1,8 +1,10 @@
-"""Captions of a large corpus, read and encoded by all of a cluster's devices with Ray Data."""
+"""Captions of a large corpus: encoded by all of a cluster's devices with Ray Data, searched by all of its cores."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from pipeline.plan import Stage
 from pipeline.store import Store
 from retrieval.clip import load_clip
 from retrieval.corpus import corpus_files, precomputed, read_corpus
-from retrieval.index import build_index_from_blocks
+from retrieval.index import Hits, build_index_from_blocks, merge_hits, read_header, search
+from retrieval.select import Search
 
 BATCH = 8192
 """Captions an actor encodes at a time."""
@@ -79,3 +82,24 @@ class _Encoder:
         vectors = self.clip.encode_text(rows.column("caption").to_pylist())
         flat = pa.array(vectors.ravel())
         return rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+
+
+def search_on_cluster(stage: Stage, root: str) -> Search:
+    """A search of the index that a stage of the kind `candidates` reads: a task for each core, or shard if they are
+    fewer. It finds exactly what `retrieval.index.search` finds."""
+    (index,) = stage.inputs
+
+    def search(index_dir: Path, queries: np.ndarray, k: int) -> Hits:
+        shards = len(read_header(index_dir)["shards"])
+        parts = max(1, min(shards, int(ray.cluster_resources().get("CPU", 1))))
+        bounds = [shards * i // parts for i in range(parts + 1)]
+        put = ray.put(queries)
+        tasks = [_search.remote(root, index, put, k, range(first, last)) for first, last in itertools.pairwise(bounds)]
+        return merge_hits(ray.get(tasks), k)
+
+    return search
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def _search(root: str, index: Stage, queries: np.ndarray, k: int, shards: range) -> Hits:
+    return search(Store(root).path(index.kind, index.key) / "index", queries, k, shards)

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import json
 import os
 import sys
@@ -31,9 +30,9 @@ from pipeline.plan import Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
-from pipeline.stages import run_stage, train_pack
+from pipeline.stages import find_candidates, run_stage, train_pack
 from pipeline.store import Store
-from ray_jobs.captions import index_on_actors, on_actors
+from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.ranks import on_ranks, train_on_ranks
 
 ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
@@ -168,8 +167,8 @@ class _Share:
 def _work(
     stages: tuple[Stage, ...], root: str, board: Any, share: _Share, *upstream: dict[str, Failure]
 ) -> dict[str, Failure]:
-    """Do one stage, or several trainings as a pack. Failures are returned, not raised: what does not depend on them
-    goes on. Key -> failure."""
+    """Do one stage, or several trainings as a pack, or the searches of an index as one. Failures are returned, not
+    raised: what does not depend on them goes on. Key -> failure."""
     torch.set_num_threads(share.cpus)
     broken = {key for failures in upstream for key in failures}
     failures, runnable = {}, []
@@ -186,6 +185,7 @@ def _work(
             board.put.remote(stage.key, what, done, total)
 
     store = Store(root)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for what Ray itself starts from here
     try:
         if stages[0].kind == "train" and runnable:
             if on_ranks(stages[0]):
@@ -193,6 +193,8 @@ def _work(
             else:
                 diverged = train_pack(runnable, store, progress)
             failures |= {key: Failure(why) for key, why in diverged.items()}
+        elif stages[0].kind == "candidates" and runnable:
+            find_candidates(runnable, store, search_on_cluster(runnable[0], root))
         elif runnable and on_actors(stages[0], share.devices):
             index_on_actors(stages[0], store, devices=share.devices, cpus=share.cpus, gpus=share.gpus)
         elif runnable:
@@ -207,9 +209,14 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     """Do what there is to do; returns what failed, where it failed first."""
     todo = list({stage.key: stage for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
-    for kind, group in itertools.groupby(todo, lambda stage: stage.kind):
-        same = list(group)
-        jobs += _packs(plan, same) if kind == "train" else [(stage,) for stage in same]
+    for kind in dict.fromkeys(stage.kind for stage in plan):  # a kind reads only kinds before it
+        same = [stage for stage in todo if stage.kind == kind]
+        if kind == "train" and same:
+            jobs += _packs(plan, same)
+        elif kind == "candidates" and same:
+            jobs.append(tuple(same))
+        else:
+            jobs += [(stage,) for stage in same]
     resources, nodes = ray.cluster_resources(), _nodes()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
@@ -226,7 +233,8 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
         share = max(1, min(most, cores // (counts[kind] * (ranks if together else 1))))
         cpus = share if kind in ON_DEVICE and not gpus else 1
         # such a task only waits for processes that it has Ray start, and those take the resources
-        waits = together or on_actors(stages[0], devices)
+        spread = stages[0].places.get("distributor") == "ray"
+        waits = together or spread or kind == "candidates" or on_actors(stages[0], devices)
         if together and len(waiting) >= max(1, devices // ranks):
             needs.add(waiting[-max(1, devices // ranks)])  # no more at a time than there are devices for
         ref = work.options(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,29 +95,33 @@ def build_index_from_embeddings(
     return _write([_embedding_blocks(*pair) for pair in pairs], Path(out), model, shard_rows)
 
 
-def search(index_dir: Path, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+Hits = tuple[np.ndarray, np.ndarray]
+"""Scores (q, k) float32, falling, and row numbers (q, k) int64. Equal scores come in the order of the rows."""
+
+
+def search(index_dir: Path, queries: np.ndarray, k: int, shards: range | None = None) -> Hits:
     """Find the nearest rows by cosine.
 
     Args:
         index_dir: an index directory.
         queries: (q, d) float32 rows of unit length.
         k: neighbours wanted; cut to the rows there are.
-
-    Returns:
-        Scores (q, k) float32, falling, and row numbers (q, k) int64. Equal scores come in the order of the rows.
+        shards: those to look in, by number, all when None; `merge_hits` puts the hits of several parts together.
     """
     header = read_header(index_dir)
+    shards = range(len(header["shards"])) if shards is None else shards
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.shape[1] != header["dimension"]:
         raise ValueError(
             f"the index in {index_dir} holds embeddings of width {header['dimension']}, the CLIP model makes "
             f"{queries.shape[1]}: name the model the embeddings were made with"
         )
-    k = min(k, header["rows"])
+    k = min(k, sum(header["shards"][number]["rows"] for number in shards))
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
     block = np.zeros((BLOCK_ROWS, header["dimension"]), np.float32)
-    first = 0
-    for shard in header["shards"]:
+    for number in shards:
+        shard = header["shards"][number]
+        first = sum(before["rows"] for before in header["shards"][:number])
         index: Any = faiss.read_index(str(Path(index_dir) / f"{shard['name']}.faiss"), faiss.IO_FLAG_MMAP_IFC)
         codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
         vectors = codes.view(np.float16).reshape(index.ntotal, index.d)
@@ -130,8 +134,18 @@ def search(index_dir: Path, queries: np.ndarray, k: int) -> tuple[np.ndarray, np
             heap.heaps.addn(len(half), faiss.swig_ptr(products), first)
             first += len(half)
     heap.finalize()
-    order = np.lexsort((heap.I, -heap.D), axis=1)
-    return np.take_along_axis(heap.D, order, 1), np.take_along_axis(heap.I, order, 1)
+    return _in_order(heap.D, heap.I)
+
+
+def merge_hits(parts: Sequence[Hits], k: int) -> Hits:
+    """The nearest rows of all, from those of parts of an index, as one search of all of it finds them."""
+    scores, rows = _in_order(np.hstack([scores for scores, _ in parts]), np.hstack([rows for _, rows in parts]))
+    return scores[:, :k], rows[:, :k]
+
+
+def _in_order(scores: np.ndarray, rows: np.ndarray) -> Hits:
+    order = np.lexsort((rows, -scores), axis=1)
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def read_rows(index_dir: Path, rows: np.ndarray) -> pa.Table:

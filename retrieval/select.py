@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from retrieval.clip import ClipModel
-from retrieval.index import read_header, read_rows, search
+from retrieval.index import Hits, read_header, read_rows, search
 
 CANDIDATES = pa.schema(
     [("url", pa.string()), ("caption", pa.string()), ("similarity", pa.float32()), ("sha256", pa.string())]
 )
 """Columns of a candidate table; `sha256` is null where the corpus pins no hash."""
 
+Search = Callable[[Path, np.ndarray, int], Hits]
+
 HITS_AT_ONCE = 4_000_000
 """Neighbours of one search, over all its queries, that bound its memory (12 bytes each, several copies)."""
-
-
-def candidates(
-    index_dir: Path,
-    clip: ClipModel,
-    class_prompt: str,
-    count: int,
-    *,
-    max_nsfw: float | None = None,
-    blocked_sha256: Collection[str] = (),
-) -> pa.Table:
-    """Choose the images whose caption is nearest to one class prompt; see `candidates_by_class`."""
-    (table,) = candidates_by_class(
-        index_dir, clip, [class_prompt], count, max_nsfw=max_nsfw, blocked_sha256=blocked_sha256
-    )
-    return table
 
 
 def candidates_by_class(
@@ -46,6 +32,7 @@ def candidates_by_class(
     *,
     max_nsfw: float | None = None,
     blocked_sha256: Collection[str] = (),
+    search: Search = search,
 ) -> list[pa.Table]:
     """Choose, for each class prompt, the images whose caption is nearest to it; all prompts are one search.
 
@@ -56,6 +43,7 @@ def candidates_by_class(
         count: candidates of each class; fewer only when the corpus is used up.
         max_nsfw: leave out rows above this probability, and rows without one.
         blocked_sha256: leave out images pinned to one of these hashes.
+        search: how the index is searched; see `index.search`.
 
     Returns:
         Tables of `CANDIDATES`, most similar first, equal ones in the order of the corpus. Of equal urls (but for the
@@ -71,7 +59,7 @@ def candidates_by_class(
             f"the index in {index_dir} was encoded with another CLIP model than {clip.name}; build it again"
         )
     queries = clip.encode_text(class_prompts)
-    return nearest(index_dir, queries, count, max_nsfw=max_nsfw, blocked_sha256=blocked_sha256)
+    return nearest(index_dir, queries, count, max_nsfw=max_nsfw, blocked_sha256=blocked_sha256, search=search)
 
 
 def nearest(
@@ -81,6 +69,7 @@ def nearest(
     *,
     max_nsfw: float | None = None,
     blocked_sha256: Collection[str] = (),
+    search: Search = search,
 ) -> list[pa.Table]:
     """Choose candidates for queries given as (q, d) float32 rows of unit length; see `candidates_by_class`."""
     total = read_header(index_dir)["rows"]

@@ -1,17 +1,25 @@
-"""A corpus encoded by Ray Data's actors makes the index that one process makes."""
+"""A corpus encoded and searched by many processes: the index and the hits of one process."""
 
 from __future__ import annotations
+
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
+from pipeline.miniature.corpus import serve_corpus, write_corpus
+from pipeline.plan import Stage
 from pipeline.spec import MINIATURE
-from ray_jobs.captions import encoded_corpus
+from pipeline.store import Store
+from ray_jobs.captions import encoded_corpus, search_on_cluster
 from ray_jobs.concept_batch import ray_session
 from retrieval.clip import load_clip
 from retrieval.corpus import read_corpus
+from retrieval.download import download
 from retrieval.index import build_index, build_index_from_blocks
+from retrieval.select import candidates_by_class
 
 
 @pytest.mark.slow
@@ -30,3 +38,30 @@ def test_the_same_index(tmp_path):
         assert (together / file).read_bytes() == (alone / file).read_bytes()
     tables = [pa.ipc.open_file(folder / "0000-0000.arrow").read_all() for folder in (alone, together)]
     assert tables[0].num_rows == 60 and tables[0].equals(tables[1])
+
+
+@pytest.mark.slow
+def test_the_same_hits_and_images(tmp_path):
+    """Shards of an index searched by tasks, and img2dataset's shards downloaded by tasks."""
+    store = Store(str(tmp_path / "store"))
+    index = Stage("index", "corpus", {"corpus": "c"})
+    stage = Stage("candidates", "cat", {"prompt": "cat"}, (index,))
+    write_corpus(tmp_path / "corpus.parquet", 120, seed=0)
+    clip = load_clip(str(MINIATURE / "clip"))
+    with store.create(index.kind, index.key, {}) as out:
+        rows = read_corpus(str(tmp_path / "corpus.parquet"))
+        build_index(rows, clip.encode_text, out / "index", model=clip.digest, shard_rows=50)
+    folder = store.path(index.kind, index.key) / "index"
+    with ray_session():
+        (chosen,) = candidates_by_class(folder, clip, ["cat"], 30, search=search_on_cluster(stage, store.root))
+        with serve_corpus() as address:
+            settings = {"count": 6, "image_size": 32, "local": True, "base_url": address}
+            alone = download(chosen, tmp_path / "alone", **settings)
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+            try:
+                spread = download(chosen, tmp_path / "spread", distributor="ray", **settings)
+            finally:
+                del os.environ["RAY_ADDRESS"]
+    (expected,) = candidates_by_class(folder, clip, ["cat"], 30)
+    assert chosen.equals(expected)
+    assert alone.got == 6 and (spread.path / "00000.tar").read_bytes() == (alone.path / "00000.tar").read_bytes()

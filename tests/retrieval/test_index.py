@@ -9,8 +9,16 @@ import pytest
 
 from retrieval.clip import ClipModel
 from retrieval.corpus import precomputed
-from retrieval.index import BLOCK_ROWS, build_index, build_index_from_embeddings, read_header, read_rows, search
-from retrieval.select import candidates, candidates_by_class, nearest, normalise_caption
+from retrieval.index import (
+    BLOCK_ROWS,
+    build_index,
+    build_index_from_embeddings,
+    merge_hits,
+    read_header,
+    read_rows,
+    search,
+)
+from retrieval.select import candidates_by_class, nearest, normalise_caption
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -138,17 +146,28 @@ def test_by_clip_and_all_classes_at_once(clip: ClipModel, tmp_path: Path) -> Non
     cat, dog = candidates_by_class(index, clip, ["cat", "dog"], 4)
     exact = captions[int((clip.encode_text(captions) @ clip.encode_text(["dog"])[0]).argmax())]
     assert dog.column("caption")[0].as_py() == exact
-    assert cat.column("url").equals(candidates(index, clip, "cat", 4).column("url"))
+    assert cat.column("url").equals(candidates_by_class(index, clip, ["cat"], 4)[0].column("url"))
     assert cat.num_rows == 4 and cat.column_names == ["url", "caption", "similarity", "sha256"]
+
+
+def test_searched_in_parts_is_searched_whole(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    vectors[50:] = vectors[3]  # equal scores, across shards
+    index = build_index_from_embeddings(corpus(tmp_path / "c", vectors), tmp_path / "index", shard_rows=13)
+    queries = vectors[:4] / np.linalg.norm(vectors[:4], axis=1, keepdims=True)
+    whole = search(index, queries, 40)
+    parts = [search(index, queries, 40, shards) for shards in (range(0, 2), range(2, 3), range(3, 5))]
+    for merged, expected in zip(merge_hits(parts, 40), whole, strict=True):
+        np.testing.assert_array_equal(merged, expected)
 
 
 def test_another_models_index_is_refused(clip: ClipModel, tmp_path: Path) -> None:
     index = build_index_from_embeddings(corpus(tmp_path / "c", np.eye(16)), tmp_path / "index", model="other")
     with pytest.raises(ValueError, match="encoded with another CLIP model"):
-        candidates(index, clip, "cat", 1)
+        candidates_by_class(index, clip, ["cat"], 1)
     index = build_index_from_embeddings(corpus(tmp_path / "d", np.eye(5)), tmp_path / "narrow")
     with pytest.raises(ValueError, match="width 5, the CLIP model makes 16"):
-        candidates(index, clip, "cat", 1)
+        candidates_by_class(index, clip, ["cat"], 1)
 
 
 def test_normalised_captions() -> None:
