@@ -75,6 +75,7 @@ def members(
         prior_weight=1.0,
         prompt="photo of a {}",
         seed=0,
+        optimizer="adamw",
         checkpoint_every=10**9,
         sample_every=10**9,
     )

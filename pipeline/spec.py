@@ -124,6 +124,8 @@ class Training(Section):
     """Of the K/V matrices and the token rows (the paper: 1e-5 a sample, times 8)."""
     token_learning_rate: float | None = Field(None, gt=0)
     """Of the token rows when it differs."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: bitsandbytes', a quarter of the optimizer's memory."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     prior_weight: float = Field(1.0, ge=0)
@@ -161,6 +163,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Training:
+        if self.optimizer == "adamw8bit" and self.strategy == "deepspeed":
+            raise ValueError("optimizer: 'adamw8bit' does not go with DeepSpeed; use 'adamw', or another strategy")
         if self.strategy == "single" and self.ranks > 1:
             raise ValueError(f"ranks: {self.ranks} need strategy 'ddp' or 'deepspeed'; 'single' is one process")
         if self.batch_size % self.ranks:

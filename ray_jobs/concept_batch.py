@@ -221,6 +221,8 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
     devices, ranks = gpus or len(nodes), plan.batch.training.ranks
+    if plan.batch.training.attention == "xformers" and not gpus:
+        raise ValueError("training.attention: xformers needs CUDA, and there is no GPU here; use 'auto' or 'sdpa'")
     counts = collections.Counter(stages[0].kind for stages in jobs)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()  # other nodes may go away

@@ -52,6 +52,7 @@ def settings() -> TrainingSettings:
         prior_weight=1.0,
         prompt="photo of a {}",
         seed=0,
+        optimizer="adamw",
         checkpoint_every=2,
         sample_every=100,
     )

@@ -49,6 +49,7 @@ class TrainingSettings:
     prior_weight: float
     prompt: str
     seed: int
+    optimizer: str
     checkpoint_every: int
     sample_every: int
 
@@ -107,14 +108,19 @@ class Run:
 
     def make_optimizer(self, matrices: list[nn.Parameter], rows: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.member.settings
-        return torch.optim.AdamW(
-            [
-                {"params": matrices, "lr": settings.learning_rate},
-                {"params": list(rows), "lr": settings.token_learning_rate},
-            ],
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        groups = [
+            {"params": matrices, "lr": settings.learning_rate},
+            {"params": list(rows), "lr": settings.token_learning_rate},
+        ]
+        if settings.optimizer == "adamw8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError:
+                raise ValueError(
+                    "training.optimizer: adamw8bit needs bitsandbytes; install 'polyconcept[gpu]' on the nodes"
+                ) from None
+            return AdamW8bit(groups, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
     @property
     def step(self) -> int:

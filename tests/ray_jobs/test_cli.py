@@ -268,6 +268,9 @@ def test_one_failing_concept_does_not_sink_the_others(batch, tmp_path, capsys):
     trained = {p: p.stat().st_mtime_ns for p in store.glob("train/*/weights.safetensors")}
     assert len(trained) == 1 and not (store / "merge").exists()
 
+    code, _, err = run("run", str(batch(training={"attention": "xformers"}, **small)), capsys=capsys)
+    assert code == 2 and "xformers needs CUDA" in err
+
     concepts.append({"name": "nothing", "images": "empty", "class_word": "cat"})
     path = batch(concepts=concepts, **small)
     code, _, err = run("run", str(path), capsys=capsys)

@@ -61,7 +61,9 @@ def test_backbone_is_left_as_it_was(backbone, concepts, settings, tmp_path):
     assert not any(p.requires_grad for p in backbone.unet.parameters())
 
 
-def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path, optimizer):
+    settings = dataclasses.replace(settings, optimizer=optimizer)
     whole = train_alone(backbone, concepts[:1], settings, scratch=tmp_path / "whole")
     train_alone(backbone, concepts[:1], dataclasses.replace(settings, steps=4), scratch=tmp_path / "cut")
     resumed = train_alone(backbone, concepts[:1], settings, scratch=tmp_path / "cut")
