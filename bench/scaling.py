@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shapes.stable_diffusion(torch.bfloat16).pipe.save_pretrained(root / "model")
-        for i, image in enumerate(concept_images("cat", "fxemoji", 5, seed=0)):
+        for i, image in enumerate(concept_images("cat", "streamline-emojis", 5, seed=0)):
             image.save(root / f"{i}.png")
         batch = {
             "name": "scaling",
