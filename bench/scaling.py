@@ -1,4 +1,4 @@
-"""Prints the tables of docs/scaling.md: what 10, 1 000 and 100 000 concepts would take on 8 to 512 GPUs, modelled.
+"""Prints the table of docs/scaling.md: what 10, 1 000 and 100 000 concepts would take on 8 to 512 GPUs, modelled.
 
 Stable Diffusion 1.4's shapes, the default settings, 512 pixels, 400 million captions; see `pipeline.scaling` for the
 model and the assumptions about a cluster. The last line printed is one JSON object.
@@ -19,7 +19,7 @@ import torch
 
 from pipeline.miniature.world import concept_images
 from pipeline.plan import make_plan
-from pipeline.scaling import Cluster, describe, predict
+from pipeline.scaling import Cluster, duration, predict
 from pipeline.spec import ConceptBatch
 
 CAPTIONS = 400_000_000
@@ -28,7 +28,7 @@ NODES = (1, 8, 64)
 
 
 def main() -> None:
-    figures = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shapes.stable_diffusion(torch.bfloat16).pipe.save_pretrained(root / "model")
@@ -52,9 +52,16 @@ def main() -> None:
             for nodes in NODES:
                 cluster = Cluster(nodes=nodes, devices=8, memory_gib=80, tflops=200, network_gbit=100)
                 phases, packed = predict(plan, cluster, concepts=concepts, captions=CAPTIONS)
-                print(f"\n{concepts:,} concepts, {8 * nodes} GPUs")
-                print("\n".join(describe(phases, packed)))
-                figures[f"hours_{concepts}_{8 * nodes}"] = sum(p.seconds for p in phases) / 3600
+                if not figures:
+                    print(f"| concepts | GPUs | {' | '.join(p.kind for p in phases)} | all | TiB moved | longest |")
+                    print("| --- " * (len(phases) + 5) + "|")
+                total, longest = sum(p.seconds for p in phases), max(phases, key=lambda p: p.seconds)
+                print(
+                    f"| {concepts:,} | {8 * nodes} | {' | '.join(duration(p.seconds) for p in phases)} "
+                    f"| {duration(total)} | {sum(p.gib for p in phases) / 1024:.1f} "
+                    f"| {longest.kind}, {100 * longest.seconds / total:.0f} % ({longest.limit}) |"
+                )
+                figures |= {f"hours_{concepts}_{8 * nodes}": total / 3600, "packed": packed}
     print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from pipeline.estimate import model_size, pack_size
 from pipeline.plan import Plan
 from pipeline.spec import Positive, Section, explain
+from retrieval.select import HITS_AT_ONCE
 
 Quantity = Annotated[float, Field(gt=0)]
 CONSTRAINT_ROWS = 7
@@ -43,7 +44,9 @@ class Cluster(Section):
     dead_links: float = Field(0.4, ge=0, lt=1)
     """Share of a corpus's links that give no image."""
     scan_gib_per_second: Quantity = 5.0
-    """Of the caption index that a node reads and multiplies."""
+    """Of the caption index that a node reads."""
+    cpu_gflops: Quantity = 1_000.0
+    """Of a node's cores, float32."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,16 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
         width = 512  # of the index's vectors, half precision
         index = captions * width * 2
         phase("index", captions * 200 + index, GPUs=captions / (gpus * cluster.captions_per_second))
-        # queries are multiplied with each block that is read: a hundred classes cost what one costs
-        scans = math.ceil(concepts / 100)
-        phase("candidates", 0, memory=scans * index / 2**30 / (cluster.nodes * cluster.scan_gib_per_second))
+        # all the classes whose hits fit in memory are multiplied with each block that is read
+        depth = 4 * round(retrieval.images * retrieval.oversample)
+        scans = math.ceil(concepts / max(1, HITS_AT_ONCE // depth))
+        cores = cluster.nodes * cluster.cpu_gflops * 1e9
+        phase(
+            "candidates",
+            0,
+            disks=scans * index / 2**30 / (cluster.nodes * cluster.scan_gib_per_second),
+            CPUs=2 * concepts * captions * width / cores,
+        )
         tried = concepts * retrieval.images / (1 - cluster.dead_links)
         phase("regularization", tried * 150_000, downloads=tried / (cluster.nodes * cluster.downloads_per_second))
     views = 5 * training.views + (retrieval.images if training.regularization == "real" else 0)
@@ -114,7 +124,8 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
     constraint = CONSTRAINT_ROWS * (width + model.trained // width) * 4
     # sums: rows of width d against all output features; the solution: one system of size d
     merging = 2 * rows * (width**2 + model.trained) + 2 * width**3 + 2 * width * model.trained
-    phase("merge", concepts * (weights + constraint), **{"one node": merging / 5e10})
+    # float64, on one node
+    phase("merge", concepts * (weights + constraint), CPUs=merging / (cluster.cpu_gflops * 1e9 / 2))
     drawn = concepts * len(evaluation.prompts) * evaluation.samples
     each = evaluation.steps * 2 * model.unet_flops + model.vae_flops
     phase("evaluate", drawn * 3 * 3 * model.pixels**2, GPUs=math.ceil(drawn / gpus) * 4 * each / speed)
@@ -124,10 +135,10 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
 def describe(phases: list[Phase], packed: int) -> list[str]:
     """The prediction as a table, with what takes longest named."""
     lines = [f"{'stage':15} {'time':>10} {'moved, GiB':>12}  limited by"]
-    lines += [f"{p.kind:15} {_duration(p.seconds):>10} {p.gib:12,.1f}  {p.limit}" for p in phases]
+    lines += [f"{p.kind:15} {duration(p.seconds):>10} {p.gib:12,.1f}  {p.limit}" for p in phases]
     longest = max(phases, key=lambda p: p.seconds)
     total = sum(p.seconds for p in phases)
-    lines.append(f"{'all':15} {_duration(total):>10} {sum(p.gib for p in phases):12,.1f}")
+    lines.append(f"{'all':15} {duration(total):>10} {sum(p.gib for p in phases):12,.1f}")
     lines.append(
         f"packs of up to {packed}; longest: {longest.kind} ({100 * longest.seconds / total:.0f} %, {longest.limit}). "
         "Modelled, not measured."
@@ -135,7 +146,8 @@ def describe(phases: list[Phase], packed: int) -> list[str]:
     return lines
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Readable: "3.4 h"."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
