@@ -275,7 +275,7 @@ class Pages:
         )
         response = web.Response(text=page, content_type="text/html", headers={"Cache-Control": "no-store"})
         response.headers["Content-Security-Policy"] = (
-            f"default-src 'none'; img-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+            f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
             "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
         )
         _set_cookie(response, rater)
