@@ -170,14 +170,16 @@ def open_answers(file: Path, study: Study) -> sqlite3.Connection:
     Raises:
         ValueError: the file is something else, or holds answers about other images.
     """
-    answers = sqlite3.connect(file, isolation_level=None)
+    answers = None
     try:
+        answers = sqlite3.connect(file, isolation_level=None)
         answers.execute("PRAGMA foreign_keys = ON")
         if not answers.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             answers.executescript(f"BEGIN; {SCHEMA} INSERT INTO study VALUES ('{study.digest}'); COMMIT;")
         digest = answers.execute("SELECT digest FROM study").fetchone()
     except sqlite3.DatabaseError as error:
-        answers.close()
+        if answers:
+            answers.close()
         raise ValueError(f"{file}: not a database of answers: {error}") from None
     if digest != (study.digest,):
         answers.close()

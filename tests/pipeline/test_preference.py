@@ -354,6 +354,20 @@ def _only(folder: Path, count: int) -> None:
     pd.read_parquet(folder / "images.parquet")[:count].to_parquet(folder / "images.parquet")
 
 
+def test_places_that_cannot_be_used(tmp_path, capsys):
+    folder = make_study(tmp_path / "study")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for options, message in (
+            (["--port", str(taken.getsockname()[1])], "address already in use"),
+            (["--answers", str(tmp_path / "nowhere" / "answers.sqlite")], "unable to open database file"),
+        ):
+            with pytest.raises(SystemExit) as end:
+                cli.main(["preference", "serve", str(folder), *options])
+            assert end.value.code == 2 and message in capsys.readouterr().err.lower()
+
+
 def test_answers_belong_to_their_images(tmp_path):
     folder = make_study(tmp_path)
     open_answers(folder / "answers.sqlite", load_study(folder)).close()
