@@ -13,7 +13,9 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-BatchFile = Annotated[Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")]
+BatchFile = Annotated[
+    Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
+]
 Output = Annotated[str | None, typer.Option(help="Folder for store, report and releases, instead of the batch's own.")]
 
 

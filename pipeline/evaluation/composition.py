@@ -29,13 +29,21 @@ def windows(image: Image.Image) -> list[Image.Image]:
     return [image, *(image.crop((x, y, x + width // 2, y + height // 2)) for x, y in corners)]
 
 
-def appearance(judge: ImageNetwork, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> np.ndarray:
-    """How much the concept appears in each of n images: (n,), the mean cosine to its real images of that window of the
-    image where it is largest."""
+def appearance(
+    judge: ImageNetwork, images: Sequence[Image.Image], concepts: Sequence[Sequence[Image.Image]]
+) -> tuple[np.ndarray, ...]:
+    """How much each concept appears in each of n images.
+
+    Args:
+        concepts: the real images of each concept.
+
+    Returns:
+        Per concept, (n,): the mean cosine to its real images of that window of the image where it is largest.
+    """
     parts = [windows(image) for image in images]
     found = unit(judge.features([part for each in parts for part in each]))
-    cosines = (found @ unit(judge.features(list(real))).T).mean(1)
-    return cosines.reshape(len(images), -1).max(1)
+    cosines = ((found @ unit(judge.features(real)).T).mean(1) for real in concepts)
+    return tuple(each.reshape(len(images), -1).max(1) for each in cosines)
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,9 @@ class Composed:
     method: str
     concepts: tuple[str, str]
     class_words: tuple[str, str]
-    drawn: tuple[np.ndarray, np.ndarray]
+    drawn: tuple[np.ndarray, ...]
     """Appearance of the first and of the second concept in the method's n images, (n,) each."""
-    base: tuple[np.ndarray, np.ndarray]
+    base: tuple[np.ndarray, ...]
     """The same in m images of the base, drawn of the same prompts with the bare class words, (m,) each."""
 
 
