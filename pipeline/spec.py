@@ -13,12 +13,43 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.evaluation.prompts import check_prompt, read_prompts
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
 
 Positive = Annotated[int, Field(gt=0)]
+
+
+def _one_is_a_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _read_suites(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    folder = Path((info.context or {}).get("folder", ""))
+    prompts: list[str] = []
+    for entry in value:
+        if entry.endswith(".txt") and "{}" not in entry:
+            prompts += read_prompts(folder / Path(entry).expanduser())
+        else:
+            prompts.append(check_prompt(entry))
+    return tuple(prompts)
+
+
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list), AfterValidator(_read_suites)]
+"""Prompts with `{}` for the concept, and .txt files of such prompts, a line each; relative to the batch file."""
 
 
 class Section(BaseModel):
@@ -39,7 +70,7 @@ class ConceptTraining(Section):
 class Concept(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
-    images: tuple[str, ...]
+    images: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
     """Folder, glob pattern or image files; relative to the batch file."""
     class_word: str = Field(min_length=1)
     """What it is, in the base model's words: `cat`, `wooden pot`."""
@@ -47,22 +78,13 @@ class Concept(Section):
     """The new token; `<new1>`, `<new2>`, … by position when empty."""
     initializer: str = ""
     """A word of one token the new row starts from; rarely used words in turn when empty."""
-    prompts: tuple[str, ...] = ()
-    """Prompts to measure and show this concept with, `{}` standing for the concept; the batch's when empty."""
+    prompts: Prompts = ()
+    """Prompts to measure and show this concept with, `{}` standing for the concept, or .txt files of them, a line each;
+    the batch's when empty."""
     class_prompt: str = ""
     """Regularisation images are those with captions nearest to this; the class word when empty."""
     training: ConceptTraining = ConceptTraining()
     """Its own steps, learning rates and seed."""
-
-    @field_validator("images", "prompts", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("prompts")
-    @classmethod
-    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_with_placeholder, value))
 
     @field_validator("token")
     @classmethod
@@ -159,7 +181,7 @@ class Training(Section):
     @field_validator("prompt")
     @classmethod
     def _prompt_names_the_concept(cls, value: str) -> str:
-        return _with_placeholder(value)
+        return check_prompt(value)
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Training:
@@ -189,7 +211,7 @@ class Merge(Section):
     @field_validator("prompts")
     @classmethod
     def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_with_placeholder, value))
+        return tuple(map(check_prompt, value))
 
 
 class Compress(Section):
@@ -201,7 +223,8 @@ class Compress(Section):
 
 
 class Evaluation(Section):
-    prompts: tuple[str, ...] = Field(("photo of a {}",), min_length=1)
+    prompts: Prompts = Field(("photo of a {}",), min_length=1)
+    """As a concept's."""
     samples: Positive = 8
     """Images a prompt."""
     steps: Positive = 50
@@ -210,11 +233,6 @@ class Evaluation(Section):
     clip: str = "miniature"
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
-
-    @field_validator("prompts")
-    @classmethod
-    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_with_placeholder, value))
 
 
 class Publish(Section):
@@ -333,12 +351,33 @@ def clip_path(clip: str) -> str:
 
 
 def load_batch(path: str | Path) -> ConceptBatch:
-    """Read a batch file: the project's YAML, or a `concepts_list.json` / `dataset.json` of other trainers.
+    """Read a batch file: the project's YAML, or a `concepts_list.json` / `dataset.json` of other trainers. `concepts`
+    of a YAML file may name such a list.
 
     Raises:
         ValueError: naming the file, the key, what was found and what is allowed.
     """
     path = Path(path)
+    data = _parse(path)
+    if isinstance(data, list):
+        data = {"concepts": _from_concepts_list(path, data)}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping with the key 'concepts', found {type(data).__name__}")
+    if isinstance(data.get("concepts"), str):
+        place = path.parent / Path(data["concepts"]).expanduser()
+        entries = _parse(place)
+        if not isinstance(entries, list):
+            raise ValueError(f"{place}: expected a list of concepts, found {type(entries).__name__}")
+        data["concepts"] = _from_concepts_list(place, entries)
+    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
+    try:
+        batch = ConceptBatch.model_validate(data, context={"folder": path.parent})
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, ConceptBatch))) from None
+    return _resolve(batch, path.parent)
+
+
+def _parse(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -346,19 +385,9 @@ def load_batch(path: str | Path) -> ConceptBatch:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text: {error}") from None
     try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'YAML'}: {error}") from None
-    if isinstance(data, list):
-        data = _from_concepts_list(path, data)
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping with the key 'concepts', found {type(data).__name__}")
-    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
-    try:
-        batch = ConceptBatch.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, ConceptBatch))) from None
-    return _resolve(batch, path.parent)
 
 
 def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
@@ -385,11 +414,12 @@ def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
     return batch.model_copy(update=update)
 
 
-def _from_concepts_list(path: Path, entries: list[Any]) -> dict[str, Any]:
+def _from_concepts_list(path: Path, entries: list[Any]) -> list[dict[str, Any]]:
     """`[{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": …}, …]`, the form of
-    the authors' trainer and of diffusers' `train_custom_diffusion.py`; `class_data_dir` is not used: regularisation
-    images are retrieved."""
-    concepts = []
+    the authors' trainer, of diffusers' `train_custom_diffusion.py` and, with a prompt suite each in `prompt_filename`,
+    of the authors' 101-concept benchmark; `class_data_dir` is not used: regularisation images are retrieved."""
+    folder = path.absolute().parent
+    concepts: list[dict[str, Any]] = []
     known = {"instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir", "prompt_filename"}
     for i, entry in enumerate(entries):
         where = f"{path}: [{i}]"
@@ -406,24 +436,22 @@ def _from_concepts_list(path: Path, entries: list[Any]) -> dict[str, Any]:
         tokens = [w for w in entry["instance_prompt"].split() if w.startswith("<") and w.endswith(">")]
         if len(tokens) > 1:
             raise ValueError(f"{where}.instance_prompt: expected one new token like <new1>, found {tokens}")
-        folder = Path(entry["instance_data_dir"])
+        images, suite = Path(entry["instance_data_dir"]), entry.get("prompt_filename")
         class_word = entry["class_prompt"].removeprefix("photo of a ").removeprefix("a photo of a ").strip()
         concepts.append(
             {
-                "name": f"{i + 1:03d}-{re.sub('[^A-Za-z0-9_-]', '-', folder.name)}",
-                "images": [entry["instance_data_dir"]],
+                "name": f"{i + 1:03d}-{re.sub('[^A-Za-z0-9_-]', '-', images.name)}",
+                "images": [str(folder / images.expanduser())],
                 "class_word": class_word,
                 "token": tokens[0] if tokens else "",
                 "class_prompt": entry["class_prompt"],
+                "prompts": [str(folder / suite)] if suite else [],
             }
         )
-    return {"name": path.stem, "concepts": concepts}
-
-
-def _with_placeholder(prompt: str) -> str:
-    if prompt.count("{}") != 1 or prompt.replace("{}", "").count("{") or prompt.replace("{}", "").count("}"):
-        raise ValueError(f"a prompt names the concept once by '{{}}', as in 'photo of a {{}}'; found {prompt!r}")
-    return prompt
+    if len(concepts) > 1 and len({c["token"] for c in concepts}) == 1:
+        for concept in concepts:  # the benchmark trains each in a run of its own, always as `<new1>`
+            concept["token"] = ""
+    return concepts
 
 
 def _nearest(key: str, known: Any) -> str:

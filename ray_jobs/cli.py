@@ -13,7 +13,9 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-BatchFile = Annotated[Path, typer.Argument(help="Batch file: YAML, or a concepts_list.json of another trainer.")]
+BatchFile = Annotated[
+    Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
+]
 Output = Annotated[str | None, typer.Option(help="Folder for store, report and releases, instead of the batch's own.")]
 
 
@@ -257,6 +259,46 @@ def verify(
     print(f"{release}: {'whole, all sums agree' if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)
+
+
+preference = typer.Typer(no_args_is_help=True, help="Ask people which method's images they prefer.")
+app.add_typer(preference, name="preference")
+
+
+@preference.command("serve")
+def serve_preference(
+    folder: Annotated[Path, typer.Argument(help="Folder with images.parquet (or .csv) and concepts/.")],
+    answers: Annotated[
+        Path | None, typer.Option(help="SQLite file the answers go to; FOLDER/answers.sqlite by default.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of images a rater is asked about, at most.")] = 50,
+) -> None:
+    """Show images of different methods side by side on a web page, and store which ones people prefer."""
+    from pipeline.evaluation.preference import serve
+
+    serve(folder, answers or folder / "answers.sqlite", host=host, port=port, pairs=pairs)
+
+
+@preference.command("report")
+def report_preference(
+    answers: Annotated[Path, typer.Argument(help="The answers' SQLite file, or the folder it is in.")],
+) -> None:
+    """Print how often each method was preferred to each other one, with a 95 % interval."""
+    from pipeline.evaluation.preference import shares
+
+    table = shares(answers / "answers.sqlite" if answers.is_dir() else answers)
+    if table.empty:
+        print("no answers yet")
+        return
+    print(f"{'question':9} {'preferred':24} {'to':24} {'share':>6} {'95 % interval':>15} {'answers':>8} {'raters':>7}")
+    for row in table.itertuples():
+        interval = f"{row.low:.1%} – {row.high:.1%}"
+        print(
+            f"{row.question:9} {row.method_a:24} {row.method_b:24} {row.share:6.1%} {interval:>15} "
+            f"{row.answers:8} {row.raters:7}"
+        )
 
 
 def _print_summary(figures: dict[str, Any]) -> None:

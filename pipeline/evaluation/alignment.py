@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
-from pipeline.miniature.identity import load_identity
+from pipeline.evaluation.networks import ImageNetwork, identity_judge, load_timm, unit
 from retrieval.clip import ClipModel
 
 
 @dataclass(frozen=True)
 class Judges:
-    """CLIP, and the miniature's identity network where it is asked for."""
+    """CLIP, and the miniature's identity network and a timm model of DINO's kind where they are asked for."""
 
     clip: ClipModel
-    identity: torch.nn.Module | None = None
+    identity: ImageNetwork | None = None
+    dino: ImageNetwork | None = None
 
     @classmethod
-    def load(cls, clip: ClipModel, identity: str) -> Judges:
-        return cls(clip, load_identity() if identity == "miniature" else None)
+    def load(cls, clip: ClipModel, identity: str = "", dino: str = "") -> Judges:
+        """identity: `miniature` or empty; dino: a timm model by name or folder, or empty."""
+        return cls(clip, identity_judge() if identity == "miniature" else None, load_timm(dino) if dino else None)
 
 
 def scores(
@@ -32,18 +33,13 @@ def scores(
 
     text: CLIP cosine with its prompt (given without the modifier token).
     image: mean CLIP cosine with the concept's real images.
-    identity: mean cosine with them in the identity judge's features, where there is one.
+    identity, dino: mean cosine with them in the features of these judges, where there are.
     """
     features, real = judges.clip.encode_images(list(images)), judges.clip.encode_images(list(references))
     unique = sorted(set(texts))
     written = judges.clip.encode_text(unique)[[unique.index(t) for t in texts]]
     result = {"text": (features * written).sum(1), "image": (features @ real.T).mean(1)}
-    if judges.identity is not None:
-        result["identity"] = (_identity(judges.identity, images) @ _identity(judges.identity, references).T).mean(1)
+    for name, judge in (("identity", judges.identity), ("dino", judges.dino)):
+        if judge is not None:
+            result[name] = (unit(judge.features(images)) @ unit(judge.features(references)).T).mean(1)
     return result
-
-
-@torch.no_grad()
-def _identity(net: torch.nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
-    resized = [np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS), np.float32) for i in images]
-    return net(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 127.5 - 1).numpy()

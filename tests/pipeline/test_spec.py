@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,65 @@ def test_concepts_list_of_other_trainers(tmp_path):
     entries[0]["instance_promt"] = "x"
     with pytest.raises(ValueError, match=r"\[0\].instance_promt: unknown key; did you mean 'instance_prompt'"):
         load_batch(write(tmp_path, json.dumps(entries), "concepts_list.json"))
+
+
+def test_prompt_suites(tmp_path):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "cat.txt").write_text("photo of a {}.\n\n  {} in the snow \n")
+    cat = "concepts: [{name: cat, images: cat, class_word: cat, prompts: %s}]\n"
+    suite = ("photo of a {}.", "{} in the snow")
+    batch = load_batch(write(tmp_path, cat % "suites/cat.txt"))
+    assert batch.concepts[0].prompts == batch.prompts_of(batch.concepts[0]) == suite
+    assert load_batch(write(tmp_path, cat % "['a {}', suites/cat.txt]")).concepts[0].prompts == ("a {}", *suite)
+    assert load_batch(write(tmp_path, CONCEPT + "evaluation: {prompts: suites/cat.txt}")).evaluation.prompts == suite
+    for text, message in (
+        ("{}\nphoto of a cat\n", r"prompts: .*cat.txt:2: a prompt names the concept once by '{}'.*'photo of a cat'"),
+        ("{0} and {1}", r"cat.txt:1: a prompt names"),
+        ("\n", "cat.txt: no prompts in it"),
+    ):
+        (tmp_path / "suites" / "cat.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_batch(write(tmp_path, cat % "suites/cat.txt"))
+    with pytest.raises(ValueError, match=r"concepts\[0\].prompts: .*nothing.txt: cannot be read"):
+        load_batch(write(tmp_path, cat % "nothing.txt"))
+
+
+def test_the_authors_benchmark_as_it_is(tmp_path):
+    """The form of customconcept101/dataset.json: every concept is `<new1>` of its own run, with a suite of prompts."""
+    entries = [
+        {
+            "instance_prompt": instance,
+            "class_prompt": word,
+            "instance_data_dir": f"./benchmark_dataset/{folder}",
+            "class_data_dir": f"./regularization/{folder}",
+            "prompt_filename": f"prompts/{word}.txt",
+        }
+        for instance, word, folder in (
+            ("photo of a <new1> barn", "barn", "scene_barn"),
+            ("photo of <new1> sunglasses", "sunglasses", "wearable_sunglasses2"),
+            ("photo of a <new1> barn", "barn", "scene_barn2"),
+        )
+    ]
+    benchmark = tmp_path / "customconcept101"
+    (benchmark / "prompts").mkdir(parents=True)
+    for word in ("barn", "sunglasses"):
+        (benchmark / "prompts" / f"{word}.txt").write_text(f"photo of a {{}}.\n{{}} beside a {word}\n")
+    (benchmark / "dataset.json").write_text(json.dumps(entries))
+    batch = load_batch(benchmark / "dataset.json")
+    assert [c.token for c in batch.concepts] == ["<new1>", "<new2>", "<new3>"]
+    assert [c.name for c in batch.concepts] == ["001-scene_barn", "002-wearable_sunglasses2", "003-scene_barn2"]
+    assert batch.concepts[1].images == (str(benchmark / "benchmark_dataset" / "wearable_sunglasses2"),)
+    assert batch.concepts[1].prompts == ("photo of a {}.", "{} beside a sunglasses")
+    # beside a base model and settings of one's own
+    own = "concepts: customconcept101/dataset.json\ntraining: {steps: 9}\n"
+    named = load_batch(write(tmp_path, own))
+    assert named.concepts == batch.concepts and named.training.steps == 9 and named.name == "batch"
+    entries[1]["instance_prompt"] = "photo of <new2> sunglasses"  # two of three alike: a mistake
+    (benchmark / "dataset.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"concepts\[0\] and concepts\[2\] have the same token"):
+        load_batch(benchmark / "dataset.json")
+    shutil.rmtree(benchmark)
+    with pytest.raises(ValueError, match=r"customconcept101/dataset.json: no such file"):
+        load_batch(write(tmp_path, own))
+    with pytest.raises(ValueError, match=r"batch.yaml: expected a list of concepts, found dict"):
+        load_batch(write(tmp_path, "concepts: batch.yaml"))

@@ -152,8 +152,8 @@ def test_bad_input_before_anything_runs(batch, tmp_path, capsys, command, spoil,
 
 
 def test_help_of_every_command(capsys):
-    for command in ("run", "plan", "sample", "merge", "publish", "report", "verify"):
-        code, out, _ = run(command, "--help", capsys=capsys)
+    for command in ("run", "plan", "sample", "merge", "publish", "report", "verify", "preference serve"):
+        code, out, _ = run(*command.split(), "--help", capsys=capsys)
         assert code == 0 and "Usage" in out
 
 
