@@ -71,7 +71,7 @@ def small(batch: dict[str, Any]) -> dict[str, Any]:
     """The same batch on the miniature, with as little of everything as there can be."""
     training = {"steps": 4, "batch_size": 2, "views": 4, "regularization": "none", "learning_rate": 1e-4}
     batch = {key: value for key, value in batch.items() if key != "retrieval"}
-    return batch | {"base": "miniature", "training": training, "evaluation": {"samples": 1, "steps": 2}}
+    return batch | {"base": "miniature", "training": training, "evaluation": {"samples": 2, "steps": 2}}
 
 
 def start(overlay: str, folder: Path, environment: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
@@ -85,9 +85,7 @@ def start(overlay: str, folder: Path, environment: dict[str, str], **changes: An
     *command, file = shlex.split(entrypoint)
     files = {k: v for o in objects(overlay) if o["kind"] == "ConfigMap" for k, v in o["data"].items()}
     text = files[Path(file).name].replace("/store", f"{folder}/store").replace("/opt/polyconcept", str(ROOT))
-    spec = yaml.safe_load(text)
-    spec = spec | {"batch": small(spec["batch"])} if "batch" in spec else small(spec)
-    (folder / Path(file).name).write_text(yaml.safe_dump(spec | changes))
+    (folder / Path(file).name).write_text(yaml.safe_dump(small(yaml.safe_load(text)) | changes))
     command += [str(folder / Path(file).name)]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=400)
 

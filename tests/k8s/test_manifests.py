@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -14,7 +15,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from manifests import OVERLAYS, ROOT, objects, walk
+from manifests import OVERLAYS, ROOT, objects, render, walk
 
 from pipeline.spec import load_batch
 
@@ -105,6 +106,17 @@ def test_versions_are_those_of_the_project(overlay):
                 assert image == IMAGE or image.startswith("rancher/kubectl:v"), image
 
 
+@overlays
+def test_another_registry_is_named_in_one_place(overlay, tmp_path):
+    """As docs/operations.md says it."""
+    base = os.path.relpath(ROOT / "k8s" / "overlays" / overlay, tmp_path)
+    images = [{"name": "polyconcept", "newName": "registry.example.com/polyconcept"}]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "images": images}))
+    found = {n["image"] for o in render(str(tmp_path)) for n in walk(o) if isinstance(n.get("image"), str)}
+    assert {image for image in found if "kubectl" not in image} == {f"registry.example.com/{IMAGE}"}
+    assert not any("image:" in text for o in render(str(tmp_path)) for text in o.get("data", {}).values())
+
+
 def test_image_holds_the_project():
     lines = (ROOT / "k8s" / "Dockerfile").read_text().splitlines()
     assert any(IMAGE in line for line in lines)
@@ -153,7 +165,10 @@ def test_jobs_end(overlay):
     """Deadlines on all; clusters of their own go away, and only there KubeRay allows another try."""
     for item in objects(overlay):
         for spec in (node for node in walk(item) if "entrypoint" in node):
-            assert spec["activeDeadlineSeconds"] and spec["submitterConfig"]["backoffLimit"]
+            assert spec["activeDeadlineSeconds"]
+            assert (
+                "submitterPodTemplate" in spec or spec["submissionMode"] == "HTTPMode"
+            )  # KubeRay's own would be refused
             if "clusterSelector" in spec:
                 shared = [o["metadata"]["name"] for o in objects(overlay) if o["kind"] == "RayCluster"]
                 assert [spec["clusterSelector"]["ray.io/cluster"]] == shared
@@ -187,4 +202,4 @@ def test_jobs_run_what_there_is(overlay, tmp_path):
                 (tmp_path / name).write_text(files[name])
                 load_batch(tmp_path / name).check_places()
             else:
-                assert module == "ray_jobs.retrain" and yaml.safe_load(files[name])["batch"]
+                assert module == "ray_jobs.retrain" and yaml.safe_load(files[name])["catalogue"]
