@@ -206,6 +206,9 @@ def _work(
 
 def _run_stages(plan: Plan, store: Store) -> list[str]:
     """Do what there is to do; returns what failed, where it failed first."""
+    if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
+        print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
+        ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
     todo = list({stage.key: stage for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
     for kind, group in itertools.groupby(todo, lambda stage: stage.kind):
