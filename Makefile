@@ -21,6 +21,7 @@ lint: setup ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint k8s/Dockerfile
 
 test: setup lint ## Run the tests
 	$(BIN)/pytest -q

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pipeline.spec import Concept, ConceptBatch
 from pipeline.stages import find_candidates, run_stage, train_pack
 from pipeline.store import Store
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
+from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
 
 ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
@@ -207,6 +208,9 @@ def _work(
 
 def _run_stages(plan: Plan, store: Store) -> list[str]:
     """Do what there is to do; returns what failed, where it failed first."""
+    if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
+        print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
+        ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
     todo = list({stage.key: stage for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
     for kind in dict.fromkeys(stage.kind for stage in plan):  # a kind reads only kinds before it
@@ -247,7 +251,7 @@ def _run_stages(plan: Plan, store: Store) -> list[str]:
         ).remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
         refs |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []
-    return _follow(jobs, refs, board)
+    return _follow(jobs, refs, board, functools.partial(trainings_ended, plan.batch.name, store=store))
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -275,7 +279,9 @@ def _device_memory(nodes: list[dict[str, Any]]) -> float:
     return min(node["Resources"]["memory"] for node in nodes)
 
 
-def _follow(jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any) -> list[str]:
+def _follow(
+    jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any, report: Callable[[tuple[Stage, ...]], None]
+) -> list[str]:
     """Wait for all jobs, showing how far they are; returns what failed, each once, where it failed first."""
     messages: list[str] = []
     waiting = {refs[stages[0].key]: stages for stages in jobs}
@@ -301,6 +307,7 @@ def _follow(jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any) -> 
                     print(f"{title}: {count} of {of} {what}", file=sys.stderr, flush=True)
             for ref in done:
                 stages = waiting.pop(ref)
+                report(stages)
                 for stage in stages:
                     if stage.key in bars:
                         bars[stage.key].close()

@@ -1,4 +1,4 @@
-"""A cluster of two nodes of which one goes away: the batch ends with the weights of an undisturbed run."""
+"""Nodes that go away, and nodes that come late: the batch ends as in an undisturbed run."""
 
 from __future__ import annotations
 
@@ -65,3 +65,21 @@ def test_a_node_goes_away(plan, tmp_path, same_weights):
     for stage in plan.of("train"):
         made = [ConceptWeights.load(s.path("train", stage.key) / "weights.safetensors") for s in (alone, shared)]
         same_weights(*made)
+
+
+@pytest.mark.slow
+def test_workers_come_later(plan, tmp_path, capsys):
+    """A head that computes nothing, as where an autoscaler keeps no worker without work."""
+    store = Store(str(tmp_path / "store"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    worker = threading.Timer(3, cluster.add_node, kwargs={"num_cpus": 1})
+    try:
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        worker.start()
+        assert _run_stages(Plan(plan.batch, tuple(plan.of("features")), ()), store) == []
+    finally:
+        worker.cancel()
+        ray.shutdown()
+        cluster.shutdown()
+    assert all(store.has(stage.kind, stage.key) for stage in plan.of("features"))
+    assert "waiting for the first" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""What the manifests start, started for real on a Ray cluster of this machine; and what Prometheus would read there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import ROOT, objects, walk
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline.miniature.world import concept_images
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _health() -> str:
+    """The path that the manifests' probes ask for."""
+    (path,) = {n["httpGet"]["path"] for o in objects("dev") for n in walk(o) if "httpGet" in n}
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """(environment of a job's driver, address of the metrics) of a head as KubeRay starts it, with a token."""
+    port, dashboard, agent, metrics = (_free_port() for _ in range(4))
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_DISABLE_USAGE_STATS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # entrypoints start `python`
+    }
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={tmp_path_factory.mktemp('r')}"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        try:
+            until = time.monotonic() + 120
+            while not _answers(f"http://127.0.0.1:{agent}{_health()}"):
+                assert head.poll() is None and time.monotonic() < until
+                time.sleep(0.5)
+            yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, f"http://127.0.0.1:{metrics}/metrics"
+        finally:
+            head.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def small(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same batch on the miniature, with as little of everything as there can be."""
+    training = {"steps": 4, "batch_size": 2, "views": 4, "regularization": "none", "learning_rate": 1e-4}
+    batch = {key: value for key, value in batch.items() if key != "retrieval"}
+    return batch | {"base": "miniature", "training": training, "evaluation": {"samples": 2, "steps": 2}}
+
+
+def start(overlay: str, folder: Path, environment: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
+    """Run an overlay's entrypoint on the file of its ConfigMap, cut `small`; /store and /jobs are in `folder`."""
+    catalogue = folder / "store" / "catalogue" / "our-cat"
+    catalogue.mkdir(parents=True)
+    for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
+        image.save(catalogue / f"{i}.png")
+    (catalogue / "concept.yaml").write_text("class_word: cat\n")
+    (entrypoint,) = {node["entrypoint"] for o in objects(overlay) for node in walk(o) if "entrypoint" in node}
+    *command, file = shlex.split(entrypoint)
+    files = {k: v for o in objects(overlay) if o["kind"] == "ConfigMap" for k, v in o["data"].items()}
+    text = files[Path(file).name].replace("/store", f"{folder}/store").replace("/opt/polyconcept", str(ROOT))
+    (folder / Path(file).name).write_text(yaml.safe_dump(small(yaml.safe_load(text)) | changes))
+    command += [str(folder / Path(file).name)]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["batch"])
+def test_entrypoints(cluster, tmp_path, overlay):
+    done = start(overlay, tmp_path, cluster[0])
+    assert done.returncode == 0, done.stdout + done.stderr
+    releases = list((tmp_path / "store").rglob("v0001/merged.safetensors"))
+    assert len(releases) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_dev_batch_is_counted(cluster, tmp_path):
+    """Two concepts of the dev overlay's batch, of which one diverges: the other is released, and Prometheus is told."""
+    environment, endpoint = cluster
+    concepts = yaml.safe_load((ROOT / "k8s/overlays/dev/batch.yaml").read_text().replace("/opt/polyconcept", str(ROOT)))
+    concepts = concepts["concepts"][:2]
+    concepts[0]["training"] = {"learning_rate": 1e30}
+    done = start("dev", tmp_path, environment, concepts=concepts, merge={"partial": True})
+    assert done.returncode == 1 and "left out: train outlined-bus" in done.stderr, done.stdout + done.stderr
+    assert len(list((tmp_path / "store").rglob("v0001/merged.safetensors"))) == 1
+
+    names = {"concepts_trained_total", "concepts_failed_total", "step_seconds_count", "step_seconds_sum"}
+    until, seen = time.monotonic() + 60, dict[str, float]()
+    while not set(seen) >= names and time.monotonic() < until:
+        time.sleep(1)
+        seen = {s.name.removeprefix("ray_polyconcept_"): s.value for s in _samples(endpoint) if _of(s, "miniature")}
+    assert seen["concepts_trained_total"] == 1 and seen["concepts_failed_total"] == 1
+    assert seen["step_seconds_count"] == 1 and 0.01 < seen["step_seconds_sum"] < 100
+    states = {s.labels["State"] for s in _samples(endpoint) if s.name == "ray_tasks"}
+    assert states & {"RUNNING", "FINISHED", "PENDING_NODE_ASSIGNMENT"}, states
+
+
+def _samples(endpoint: str) -> list[Any]:
+    with urllib.request.urlopen(endpoint, timeout=10) as answer:
+        return [s for family in text_string_to_metric_families(answer.read().decode()) for s in family.samples]
+
+
+def _of(sample: Any, batch: str) -> bool:
+    return sample.name.startswith("ray_polyconcept_") and sample.labels.get("batch") == batch

@@ -1,0 +1,205 @@
+"""What the overlays say, against the schemas of Kubernetes and KubeRay and against the project itself. No cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from manifests import OVERLAYS, ROOT, objects, render, walk
+
+from pipeline.spec import load_batch
+
+KUBERNETES = "1.34"
+PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+IMAGE = f"polyconcept:{PROJECT['project']['version']}-ray{PINNED['ray']}"
+
+overlays = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+def kuberay_schema(kind: str) -> dict[str, Any]:
+    """A custom resource's schema; what it does not know is an error, where Kubernetes would drop it."""
+    schema = json.loads((ROOT / "tests" / "data" / "kuberay" / f"{kind}.json").read_text())
+    for node in walk(schema):
+        if isinstance(node.get("properties"), dict) and "type" in node and node is not schema["properties"]["metadata"]:
+            node.setdefault("additionalProperties", bool(node.get("x-kubernetes-preserve-unknown-fields")))
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, spec) of every pod that an overlay asks for."""
+    return [(f"{o['kind']} {o['metadata']}", n) for o in objects(overlay) for n in walk(o) if "containers" in n]
+
+
+@overlays
+def test_objects_follow_their_schemas(overlay):
+    kinds = set()
+    for item in objects(overlay):
+        kinds.add(item["kind"])
+        if item["apiVersion"] == "ray.io/v1":
+            jsonschema.Draft202012Validator(kuberay_schema(item["kind"])).validate(item)
+        else:
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    assert {"RayCluster", "NetworkPolicy", "PodDisruptionBudget", "PersistentVolumeClaim"} <= kinds
+    for _, pod in pods(overlay):
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}, KUBERNETES, strict=True
+        )
+
+
+def test_schemas_refuse_what_they_do_not_know():
+    item = next(o for o in objects("cron") if o["kind"] == "RayCronJob")
+    for path in ([], ["jobTemplate"], ["jobTemplate", "rayClusterSpec", "headGroupSpec", "template", "spec"]):
+        broken = json.loads(json.dumps(item))
+        node = broken["spec"]
+        for key in path:
+            node = node[key]
+        node["concurencyPolicy"] = "Forbid"
+        with pytest.raises(jsonschema.ValidationError, match="concurencyPolicy"):
+            jsonschema.Draft202012Validator(kuberay_schema("RayCronJob")).validate(broken)
+
+
+@overlays
+def test_pods_may_do_little(overlay):
+    found = pods(overlay)
+    assert len(found) >= 2
+    for where, pod in found:
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"], where
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod), where
+        assert not any("hostPath" in volume for volume in pod["volumes"]), where
+        token = pod.get("automountServiceAccountToken", True)
+        names = [container["name"] for container in pod["containers"]]
+        assert token == (names == ["create"] or (names == ["ray-head"] and overlay != "dev")), (where, names)
+    confined = [c for _, pod in found for c in pod["containers"]]
+    confined += [n["autoscalerOptions"] for o in objects(overlay) for n in walk(o) if "autoscalerOptions" in n]
+    for container in confined:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for bound in ("requests", "limits"):
+            assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"][bound])
+        assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
+        if container.get("name", "").startswith("ray-"):
+            assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+
+
+@overlays
+def test_versions_are_those_of_the_project(overlay):
+    for item in objects(overlay):
+        for node in walk(item):
+            assert node.get("rayVersion", PINNED["ray"]) == PINNED["ray"]
+            if isinstance(image := node.get("image"), str):
+                assert image == IMAGE or image.startswith("rancher/kubectl:v"), image
+
+
+@overlays
+def test_another_registry_is_named_in_one_place(overlay, tmp_path):
+    """As docs/operations.md says it."""
+    base = os.path.relpath(ROOT / "k8s" / "overlays" / overlay, tmp_path)
+    images = [{"name": "polyconcept", "newName": "registry.example.com/polyconcept"}]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "images": images}))
+    found = {n["image"] for o in render(str(tmp_path)) for n in walk(o) if isinstance(n.get("image"), str)}
+    assert {image for image in found if "kubectl" not in image} == {f"registry.example.com/{IMAGE}"}
+    assert not any("image:" in text for o in render(str(tmp_path)) for text in o.get("data", {}).values())
+
+
+def test_image_holds_the_project():
+    lines = (ROOT / "k8s" / "Dockerfile").read_text().splitlines()
+    assert any(IMAGE in line for line in lines)
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert all((ROOT / source).exists() for source in copied)
+    sent = {line[1:] for line in (ROOT / "k8s" / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert set(copied) == sent
+    assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
+    assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3"}
+    assert "USER 1000:1000" in lines and "xformers" in PINNED
+
+
+@overlays
+def test_secrets_are_named_only(overlay):
+    specs = [n for o in objects(overlay) for n in walk(o) if "rayVersion" in n]
+    assert specs and all(n["authOptions"] == {"mode": "token", "secretName": "ray-token"} for n in specs)
+    for item in objects(overlay):
+        assert item["kind"] != "Secret"
+        for node in walk(item):
+            if re.search("TOKEN|SECRET|PASSWORD|_KEY", str(node.get("name", ""))):
+                assert "value" not in node
+    text = "".join(path.read_text() for path in (ROOT / "k8s").rglob("*.yaml"))
+    assert not re.search(r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30}|-----BEGIN", text)
+
+
+@overlays
+def test_dashboard_and_gcs_are_closed(overlay):
+    policies = {o["metadata"]["name"]: o["spec"] for o in objects(overlay) if o["kind"] == "NetworkPolicy"}
+    assert policies["deny-ingress"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    nodes = {"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}
+    among, metrics = policies["ray-nodes"]["ingress"]
+    assert among == {"from": [nodes]} and [port["port"] for port in metrics["ports"]] == [8080]
+    (dashboard,) = policies["ray-dashboard"]["ingress"]
+    submitter, operator = dashboard["from"]
+    assert [port["port"] for port in dashboard["ports"]] == [8265]
+    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    for item in objects(overlay):
+        for node in walk(item):
+            if "submitterPodTemplate" in node:
+                labels = node["submitterPodTemplate"]["metadata"]["labels"]
+                assert labels.items() >= submitter["podSelector"]["matchLabels"].items()
+
+
+@overlays
+def test_jobs_end(overlay):
+    """Deadlines on all; clusters of their own go away, and only there KubeRay allows another try."""
+    for item in objects(overlay):
+        for spec in (node for node in walk(item) if "entrypoint" in node):
+            assert spec["activeDeadlineSeconds"]
+            assert (
+                "submitterPodTemplate" in spec or spec["submissionMode"] == "HTTPMode"
+            )  # KubeRay's own would be refused
+            if "clusterSelector" in spec:
+                shared = [o["metadata"]["name"] for o in objects(overlay) if o["kind"] == "RayCluster"]
+                assert [spec["clusterSelector"]["ray.io/cluster"]] == shared
+                assert not {"backoffLimit", "shutdownAfterJobFinishes", "rayClusterSpec"} & set(spec)
+            else:
+                assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] and spec["backoffLimit"]
+                assert "workerGroupSpecs" in spec["rayClusterSpec"] and spec["preRunningDeadlineSeconds"]
+    for item in objects(overlay):
+        if item["kind"] == "CronJob":
+            job = item["spec"]["jobTemplate"]["spec"]
+            assert item["spec"]["concurrencyPolicy"] == "Forbid" and item["spec"]["startingDeadlineSeconds"]
+            assert job["backoffLimit"] and job["activeDeadlineSeconds"] and job["ttlSecondsAfterFinished"]
+
+
+@overlays
+def test_jobs_run_what_there_is(overlay, tmp_path):
+    """Entrypoints are modules; the file each is given is in a ConfigMap that the cluster mounts; batches are valid and
+    name places that all nodes reach."""
+    files = {k: v for o in objects(overlay) if o["kind"] == "ConfigMap" for k, v in o["data"].items()}
+    for item in objects(overlay):
+        for spec in (node for node in walk(item) if "entrypoint" in node):
+            python, option, module, file = shlex.split(spec["entrypoint"])
+            assert (python, option) == ("python", "-m") and file.startswith("/jobs/")
+            name = Path(file).name
+            cluster = next(o["spec"] for o in objects(overlay) if o["kind"] == "RayCluster")
+            (jobs,) = (v for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if v["name"] == "jobs")
+            mounted = {source["configMap"]["name"] for source in jobs["projected"]["sources"]}
+            assert any(o["metadata"]["name"] in mounted and name in o.get("data", {}) for o in objects(overlay))
+            if module == "ray_jobs.concept_batch":
+                assert importlib.util.find_spec(module)
+                (tmp_path / name).write_text(files[name])
+                load_batch(tmp_path / name).check_places()
+            else:
+                assert module == "ray_jobs.retrain" and yaml.safe_load(files[name])["catalogue"]
