@@ -349,7 +349,9 @@ class Retraining(Settings):
     @model_validator(mode="after")
     def _intervals_need_images(self) -> Self:
         if self.evaluation.samples < 2:
-            raise ValueError("evaluation.samples: the gate compares by intervals, which need at least 2 images a prompt")
+            raise ValueError(
+                "evaluation.samples: the gate compares by intervals, which need at least 2 images a prompt"
+            )
         return self
 
     def with_concepts(self, concepts: Sequence[Concept]) -> ConceptBatch:
@@ -385,7 +387,9 @@ def load_batch(path: str | Path) -> ConceptBatch:
     data = read_mapping(path, "batch file (.yaml or .json)", "concepts")
     data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
     batch = _resolve(validated(ConceptBatch, data, path), path.parent)
-    concepts = [c.model_copy(update={"images": tuple(_place(i, path.parent) for i in c.images)}) for c in batch.concepts]
+    concepts = [
+        c.model_copy(update={"images": tuple(_place(i, path.parent) for i in c.images)}) for c in batch.concepts
+    ]
     return batch.model_copy(update={"concepts": tuple(concepts)})
 
 

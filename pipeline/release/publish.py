@@ -264,7 +264,7 @@ def _removed_on_failure(fs: AbstractFileSystem, place: str) -> Iterator[None]:
 
 
 def move_alias(fs: AbstractFileSystem, root: str, alias: str, content: dict[str, Any]) -> None:
-    """Let an alias (`latest`, `production`) name another version, at once. content: `version`, and what goes with it."""
+    """Let an alias (`latest`, `production`) name another version, at once. content: `version` and what goes with it."""
     if not isinstance(fs, LocalFileSystem):
         _write_json(fs, f"{root}/{alias}.json", content)  # one object, replaced as a whole
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import posixpath
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -18,6 +20,7 @@ from pipeline.release.publish import (
     alias_of,
     manifest_of,
     move_alias,
+    publish,
     resolve,
     verify,
     version_of,
@@ -114,22 +117,41 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {k: v for name, entry in value.items() for k, v in _flat(entry, f"{key}.{name}" if key else name).items()}
 
 
-def promote(release: str, alias: str = "latest", public_key: str = "") -> str:
-    """Let an alias name a version, whose sums are recomputed first. Returns the version.
+def promote(release: str, alias: str = "latest", *, public_key: str = "", signing_key: str = "") -> str:
+    """Let an alias name a version, or publish a candidate after all; its sums are recomputed first.
 
+    Args:
+        public_key: PEM file; a version must be signed by it. signing_key: PEM file; a candidate's manifest is signed.
+    Returns: the version.
     Raises: ValueError when there is no such version, it is not whole or unchanged, or the alias cannot be a name.
     """
     if not ALIAS.fullmatch(alias):
         raise ValueError(f"--alias {alias!r}: lower-case letters, digits, `-` and `_`, and not a version's name")
     place = resolve(release)
     above, _, version = place.rpartition("/")
-    if not above or not VERSION.fullmatch(version):
+    destination, _, folder = above.rpartition("/")
+    is_candidate = folder == CANDIDATES
+    if not above or not (is_candidate or VERSION.fullmatch(version)):
         raise ValueError(f"{release}: not a version; name one like RELEASES/v0002")
-    if problems := verify(place, public_key):
+    if problems := verify(place, "" if is_candidate else public_key):
         raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot promoted")
+    if is_candidate:
+        if alias != "latest":
+            raise ValueError(f"--alias {alias!r}: a candidate becomes the latest release first")
+        with tempfile.TemporaryDirectory() as scratch:
+            return publish(fetch(place, Path(scratch)), destination, read(place)["provenance"], signing_key).version
     fs, root = url_to_fs(above)
     move_alias(fs, root, alias, {"version": version})
     return version
+
+
+def fetch(place: str, into: Path) -> Path:
+    """Copy a version or candidate to a local folder of its name in `into`; returns that."""
+    fs, root = url_to_fs(place)
+    folder = into / posixpath.basename(root)
+    names = [path[len(root) + 1 :] for path in fs.find(root)]
+    fs.get([f"{root}/{name}" for name in names], [str(folder / name) for name in names])
+    return folder
 
 
 def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str, str]:
@@ -154,7 +176,9 @@ def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str
     if target not in names or target == left:
         raise ValueError(f"{destination}: no other version {target!r}; there are {', '.join(names)}")
     if problems := verify(f"{destination.rstrip('/')}/{target}"):
-        raise ValueError("\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to")
+        raise ValueError(
+            "\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to"
+        )
     move_alias(fs, root, alias, {"version": target, "rolled_back": [v for v in gone if v != target]})
     return left, target
 
