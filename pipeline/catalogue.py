@@ -69,6 +69,7 @@ def _fetch(url: str, folder: Path) -> None:
         name, _, file = path[len(root.rstrip("/")) :].lstrip("/").partition("/")
         # a bucket's keys may hold anything, `..` and backslashes too
         if file and all(part == posixpath.basename(part) and part.strip(".") for part in (name, file)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
             remote.append(path)
             local.append(str(folder / name / file))
     if not remote:

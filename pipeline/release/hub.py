@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pipeline.release.publish import resolve, verify
@@ -39,10 +40,17 @@ def push(release: str, repository: str) -> str:
             if problems := verify(place):
                 raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot pushed")
             with tempfile.TemporaryDirectory() as scratch:
-                folder = fetch(place, Path(scratch))
-                message = f"Release {version}"
-                api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns="*")
+                _commit(api, repo, fetch(place, Path(scratch)), f"Release {version}")
             api.create_tag(repo, tag=version)
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
         raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
     return f"{SCHEME}{repo}@{version}"
+
+
+def _commit(api: HfApi, repository: str, folder: Path, message: str) -> None:
+    """Make a repository hold a folder's files and no others, by one commit (`upload_folder` makes several of many)."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    gone = [f for f in api.list_repo_files(repository) if f not in files and f != ".gitattributes"]
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=p) for name, p in files.items()]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in gone]
+    api.create_commit(repository, operations, commit_message=message)

@@ -150,6 +150,8 @@ def fetch(place: str, into: Path) -> Path:
     fs, root = url_to_fs(place)
     folder = into / posixpath.basename(root)
     names = [path[len(root) + 1 :] for path in fs.find(root)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     fs.get([f"{root}/{name}" for name in names], [str(folder / name) for name in names])
     return folder
 
