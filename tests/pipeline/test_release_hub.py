@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub import Hub
 
 from pipeline.release.publish import publish
-from hub import Hub
 
 PUSH = ["-m", "ray_jobs.cli", "publish"]
 

@@ -1,11 +1,10 @@
 """What is done with releases: listed, compared, promoted, rolled back, signed, removed; on disk and on S3."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -19,32 +18,11 @@ from pipeline.release.versions import diff, gc, listed, promote, read, rollback
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[None]:
-    """A server on loopback that speaks S3, conditional writes included."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "us-east-1"}
-    names |= {"ACCESS_KEY_ID": "tests", "SECRET_ACCESS_KEY": "tests"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(f"AWS_{name}", value)
-        yield
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
 def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "releases")
-    request.getfixturevalue("s3")
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    bucket = f"models-{os.urandom(4).hex()}"
-    fs.mkdir(bucket)
-    return f"s3://{bucket}/cats"
+    return f"{request.getfixturevalue('bucket')}/cats"
 
 
 @pytest.fixture
