@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -115,7 +114,8 @@ def soft(folder: Path, count: int) -> dict[str, float]:
     gram, scale = damped_gram(regularization_of(width), DAMPING)
     solve_soft(sums, gram, 100.0 * scale)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # not `ru_maxrss`, which starts from the parent's
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     print(
         f"sd     {count:5} concepts, soft: {seconds:7.3f} s ({summed:.2f} of them adding up), peak {peak:.2f} GiB "
         f"in {len(layers)} layers",

@@ -31,7 +31,8 @@ VERSIONS = {
     "sums": 1,
     "merge": 2,
     "evaluate": 2,
-    "release": 2,
+    "release": 3,
+    "released": 1,
 }
 """Kind -> version; raised when a stage's code makes other results from the same parameters."""
 
@@ -241,7 +242,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
             batch.name,
             {
                 "name": batch.name,
-                "license": batch.publish.license,
+                "license": batch.publish.model_dump(include={"license", "license_name", "license_link"}),
                 "spec": batch.model_dump(mode="json", exclude=_PLACES),
             },
             (merged, *measured),
@@ -267,7 +268,7 @@ _HOW = {
 _PLACES: dict[str, Any] = {
     "output": True,
     "store": True,
-    "publish": {"to"},
+    "publish": {"to", "hub", "made_by", "signing_key"},
     "concepts": {"__all__": {"images"}},
     "retrieval": {"corpus", "base_url", "block_list", "distributor"},
     "training": _HOW,

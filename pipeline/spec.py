@@ -9,8 +9,9 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -238,11 +239,23 @@ class Evaluation(Section):
 class Publish(Section):
     to: str = ""
     """Folder or URL releases go to; `<output>/releases` when empty."""
+    hub: str = ""
+    """Repository on the Hugging Face hub, `owner/name`, that each new release is copied to."""
     license: str = ""
-    """Licence named in the model card."""
+    """Licence named in the model card, as the hub knows it: `apache-2.0`, `creativeml-openrail-m`."""
+    license_name: str = ""
+    """Name of a licence that the hub does not know; `license` stays empty then."""
+    license_link: str = ""
+    """Where that licence can be read."""
+    made_by: str = ""
+    """Who is named as the maker in manifests; user and host when empty."""
+    signing_key: str = ""
+    """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
 
-class ConceptBatch(Section):
+class Settings(Section):
+    """What a batch and a retraining say alike: all but the concepts."""
+
     name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     base: str = "miniature"
     """Diffusers model: folder, hub name, or `miniature`."""
@@ -250,7 +263,6 @@ class ConceptBatch(Section):
     """Where the store, report and releases are, relative to the working directory."""
     store: str = ""
     """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
-    concepts: tuple[Concept, ...] = Field(min_length=1)
     retrieval: Retrieval = Retrieval()
     training: Training = Training()
     merge: Merge = Merge()
@@ -259,27 +271,7 @@ class ConceptBatch(Section):
     publish: Publish = Publish()
 
     @model_validator(mode="after")
-    def _concepts_differ(self) -> ConceptBatch:
-        for field in ("name", "token"):
-            seen: dict[str, int] = {}
-            for i, concept in enumerate(self.concepts):
-                value = getattr(concept, field).lower()  # tokenizers and some file systems do not tell case apart
-                if value and value in seen:
-                    raise ValueError(
-                        f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
-                    )
-                seen[value] = i
-        return self
-
-    @model_validator(mode="after")
-    def _joint_concepts_share_their_training(self) -> ConceptBatch:
-        own = [i for i, c in enumerate(self.concepts) if c.training != ConceptTraining()]
-        if self.training.method == "joint" and own:
-            raise ValueError(f"concepts[{own[0]}].training: concepts trained jointly share the batch's training")
-        return self
-
-    @model_validator(mode="after")
-    def _miniature_is_for_the_miniature(self) -> ConceptBatch:
+    def _miniature_is_for_the_miniature(self) -> Self:
         places = {"evaluation.clip": self.evaluation.clip}
         if self.training.regularization == "real":
             places |= {"retrieval.corpus": self.retrieval.corpus, "retrieval.clip": self.retrieval.clip}
@@ -291,7 +283,7 @@ class ConceptBatch(Section):
         return self
 
     @model_validator(mode="after")
-    def _nodes_share_the_store(self) -> ConceptBatch:
+    def _nodes_share_the_store(self) -> Self:
         if self.retrieval.distributor == "ray" and "://" in self.store:
             raise ValueError(
                 f"retrieval.distributor: 'ray' needs a store in a folder that all nodes share; found {self.store!r}"
@@ -306,12 +298,6 @@ class ConceptBatch(Section):
                 f"report and summary go to a local folder; `store` and `publish.to` may be URLs; found {value!r}"
             )
         return value
-
-    def model_post_init(self, _: Any) -> None:
-        taken = {c.token for c in self.concepts}
-        free = (t for t in (f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)) if t not in taken)
-        filled = [c if c.token else c.model_copy(update={"token": next(free)}) for c in self.concepts]
-        object.__setattr__(self, "concepts", tuple(filled))
 
     @property
     def output_path(self) -> str:
@@ -336,8 +322,82 @@ class ConceptBatch(Section):
                 url = "" if key == "output" else "a URL or "
                 raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
 
+
+class ConceptBatch(Settings):
+    concepts: tuple[Concept, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _concepts_differ(self) -> ConceptBatch:
+        for field in ("name", "token"):
+            seen: dict[str, int] = {}
+            for i, concept in enumerate(self.concepts):
+                value = getattr(concept, field).lower()  # tokenizers and some file systems do not tell case apart
+                if value and value in seen:
+                    raise ValueError(
+                        f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
+                    )
+                seen[value] = i
+        return self
+
+    @model_validator(mode="after")
+    def _joint_concepts_share_their_training(self) -> ConceptBatch:
+        own = [i for i, c in enumerate(self.concepts) if c.training != ConceptTraining()]
+        if self.training.method == "joint" and own:
+            raise ValueError(f"concepts[{own[0]}].training: concepts trained jointly share the batch's training")
+        return self
+
+    def model_post_init(self, _: Any) -> None:
+        taken = {c.token for c in self.concepts}
+        free = (t for t in (f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)) if t not in taken)
+        filled = [c if c.token else c.model_copy(update={"token": next(free)}) for c in self.concepts]
+        object.__setattr__(self, "concepts", tuple(filled))
+
     def prompts_of(self, concept: Concept) -> tuple[str, ...]:
         return concept.prompts or self.evaluation.prompts
+
+
+class Gate(Section):
+    """How far a new release may fall behind the current one: a measure's mean change, image by image on the same
+    prompts and seeds, may lie this far below zero beyond its interval."""
+
+    image: float = Field(0.02, ge=0)
+    """Of each concept's image alignment (CLIP cosine)."""
+    identity: float = Field(0.05, ge=0)
+    """Of each concept's identity alignment, where `evaluation.identity` names a judge."""
+    text: float = Field(0.01, ge=0)
+    """Of the text alignment over all concepts (CLIP cosine)."""
+    standard_errors: float = Field(1.96, ge=0)
+    """Half the width of the interval; 1.96 for 95 %."""
+
+
+class Retraining(Settings):
+    """A batch whose concepts are those of a catalogue, made again whenever they change."""
+
+    catalogue: str = Field(min_length=1)
+    """Folder or URL with a folder for each concept: its images and a `concept.yaml`."""
+    gate: Gate = Gate()
+    lease: float = Field(600, ge=5)
+    """Seconds after which a run that died no longer keeps others out; a living one renews its lease meanwhile."""
+
+    @model_validator(mode="after")
+    def _intervals_need_images(self) -> Self:
+        if self.evaluation.samples < 2:
+            raise ValueError(
+                "evaluation.samples: the gate compares by intervals, which need at least 2 images a prompt"
+            )
+        return self
+
+    def with_concepts(self, concepts: Sequence[Concept]) -> ConceptBatch:
+        """Raises: ValueError for two concepts with one token."""
+        settings = {key: getattr(self, key) for key in Settings.model_fields}
+        try:
+            return ConceptBatch(**settings, concepts=tuple(concepts))
+        except ValidationError as error:
+            raise ValueError("\n".join(f"{self.catalogue}: {line}" for line in explain(error, ConceptBatch))) from None
+
+
+Asked = TypeVar("Asked", bound=Settings)
+Read = TypeVar("Read", bound=Section)
 
 
 def base_path(base: str) -> str:
@@ -358,30 +418,54 @@ def load_batch(path: str | Path) -> ConceptBatch:
         ValueError: naming the file, the key, what was found and what is allowed.
     """
     path = Path(path)
-    data = _parse(path)
-    if isinstance(data, list):
-        data = {"concepts": _from_concepts_list(path, data)}
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping with the key 'concepts', found {type(data).__name__}")
+    data = read_mapping(path, "batch file (.yaml or .json)", "concepts")
     if isinstance(data.get("concepts"), str):
         place = path.parent / Path(data["concepts"]).expanduser()
-        entries = _parse(place)
+        entries = _parse(place, "list of concepts (.json)")
         if not isinstance(entries, list):
             raise ValueError(f"{place}: expected a list of concepts, found {type(entries).__name__}")
         data["concepts"] = _from_concepts_list(place, entries)
     data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
-    try:
-        batch = ConceptBatch.model_validate(data, context={"folder": path.parent})
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, ConceptBatch))) from None
-    return _resolve(batch, path.parent)
+    batch = _resolve(validated(ConceptBatch, data, path), path.parent)
+    concepts = [
+        c.model_copy(update={"images": tuple(_place(i, path.parent) for i in c.images)}) for c in batch.concepts
+    ]
+    return batch.model_copy(update={"concepts": tuple(concepts)})
 
 
-def _parse(path: Path) -> Any:
+def load_retraining(path: str | Path) -> Retraining:
+    """Read a retraining file: a batch file with `catalogue` in the place of `concepts`, and a `gate`.
+
+    Raises:
+        ValueError: naming the file, the key, what was found and what is allowed.
+    """
+    path = Path(path)
+    data = read_mapping(path, "retraining file (.yaml)", "catalogue")
+    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
+    if "concepts" in data:
+        raise ValueError(f"{path}: concepts: a retraining has its concepts in the folders of its `catalogue`")
+    asked = _resolve(validated(Retraining, data, path), path.parent)
+    return asked.model_copy(update={"catalogue": _place(asked.catalogue, path.parent)})
+
+
+def read_mapping(path: Path, what: str, key: str) -> dict[str, Any]:
+    """A YAML or JSON file's mapping. what: it should be, key: it should have, for the messages.
+
+    Raises: ValueError when there is no such file, or something else is in it.
+    """
+    data = _parse(path, what)
+    if isinstance(data, list) and key == "concepts":
+        data = {"concepts": _from_concepts_list(path, data)}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping with the key {key!r}, found {type(data).__name__}")
+    return data
+
+
+def _parse(path: Path, what: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the path of a batch file (.yaml or .json)") from None
+        raise ValueError(f"{path}: no such file; give the path of a {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text: {error}") from None
     try:
@@ -390,28 +474,43 @@ def _parse(path: Path) -> Any:
         raise ValueError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'YAML'}: {error}") from None
 
 
-def _resolve(batch: ConceptBatch, folder: Path) -> ConceptBatch:
-    """Relative places in a batch file are relative to the file (not `output`: that is where the user stands)."""
+def validated(model: type[Read], data: dict[str, Any], path: Path | str) -> Read:
+    """Raises: ValueError with a line for each key that is wrong, naming the file."""
+    try:
+        return model.model_validate(data, context={"folder": Path(path).parent})
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, model))) from None
 
-    def place(value: str) -> str:
-        return value if not value or "://" in value else os.path.abspath(folder / Path(value).expanduser())
 
-    concepts = [c.model_copy(update={"images": tuple(map(place, c.images))}) for c in batch.concepts]
-    update: dict[str, Any] = {"concepts": tuple(concepts)}
-    if batch.retrieval.corpus != "miniature":
-        update["retrieval"] = batch.retrieval.model_copy(
-            update={"corpus": place(batch.retrieval.corpus), "block_list": place(batch.retrieval.block_list)}
+def _place(value: str, folder: Path) -> str:
+    return value if not value or "://" in value else os.path.abspath(folder / Path(value).expanduser())
+
+
+def _resolve(settings: Asked, folder: Path) -> Asked:
+    """Relative places in a file are relative to the file (not `output`: that is where the user stands)."""
+    update: dict[str, Any] = {}
+    if settings.retrieval.corpus != "miniature":
+        update["retrieval"] = settings.retrieval.model_copy(
+            update={
+                "corpus": _place(settings.retrieval.corpus, folder),
+                "block_list": _place(settings.retrieval.block_list, folder),
+            }
         )
     for section in ("retrieval", "evaluation"):
-        current = update.get(section, getattr(batch, section))
+        current = update.get(section, getattr(settings, section))
         if current.clip != "miniature" and (folder / current.clip).is_dir():
-            update[section] = current.model_copy(update={"clip": place(current.clip)})
-    if batch.training.deepspeed.config:
-        zero = batch.training.deepspeed.model_copy(update={"config": place(batch.training.deepspeed.config)})
-        update["training"] = batch.training.model_copy(update={"deepspeed": zero})
-    if batch.base != "miniature" and (folder / batch.base).is_dir():
-        update["base"] = place(batch.base)
-    return batch.model_copy(update=update)
+            update[section] = current.model_copy(update={"clip": _place(current.clip, folder)})
+    if settings.training.deepspeed.config:
+        zero = settings.training.deepspeed.model_copy(
+            update={"config": _place(settings.training.deepspeed.config, folder)}
+        )
+        update["training"] = settings.training.model_copy(update={"deepspeed": zero})
+    if settings.publish.signing_key:
+        key = _place(settings.publish.signing_key, folder)
+        update["publish"] = settings.publish.model_copy(update={"signing_key": key})
+    if settings.base != "miniature" and (folder / settings.base).is_dir():
+        update["base"] = _place(settings.base, folder)
+    return settings.model_copy(update=update)
 
 
 def _from_concepts_list(path: Path, entries: list[Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -36,7 +37,7 @@ from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
 from pipeline.release.formats import write_formats
 from pipeline.sampling import draw, grid
-from pipeline.store import Store
+from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
 from retrieval.corpus import precomputed, read_corpus
 from retrieval.download import download
@@ -378,7 +379,7 @@ def evaluate(work: Work) -> None:
         change = ConceptWeights.load(work.input("train") / "weights.safetensors")
     elif model != "base":
         file = {"merged_full": "full.safetensors", "merged": "merged.safetensors"}[model]
-        change = MergedModel.load(work.input("merge") / file)
+        change = MergedModel.load(work.input("released" if "released" in work.inputs else "merge") / file)
     # the same prompts and seeds for every model: the differences are the models'
     prompts = [p for p in params["prompts"] for _ in range(settings["samples"])]
     seeds = [settings["seed"] + i for i in range(len(prompts))]
@@ -443,7 +444,7 @@ def release(work: Work) -> None:
             concept["token"],
             concept["class_word"],
             merge_report["compressed"]["residuals"][concept["name"]],
-            {f"{score} alignment": evaluated[concept["name"]]["merged"][score] for score in ("text", "image")},
+            {f"{score} alignment": value for score, value in shown(evaluated[concept["name"]]["merged"]).items()},
         )
         for concept in model.metadata["concepts"]
     ]
@@ -453,10 +454,24 @@ def release(work: Work) -> None:
         name=params["name"],
         base_model=places["base_name"],
         base_digest=backbone.digest,
-        license=params["license"],
+        **params["license"],
         grid="samples.png",
         two_encoders=len(backbone.text_encoders) == 2,
     )
+
+
+def shown(entry: dict[str, float]) -> dict[str, float]:
+    """Of one model's measures, the scores alone."""
+    return {score: entry[score] for score in ("text", "image", "identity") if score in entry}
+
+
+def released(work: Work) -> None:
+    """`merged.safetensors` of a published release, where the store has not what it was made of."""
+    place = work.stage.places["release"]
+    fs, root = fsspec.core.url_to_fs(f"{place}/merged.safetensors")
+    fs.get_file(root, str(work.out / "merged.safetensors"))
+    if file_digest(work.out / "merged.safetensors") != work.stage.params["sha256"]:
+        raise ValueError(f"{place}: merged.safetensors is not what its manifest says; `polyconcept release verify` it")
 
 
 def _stacked(paths: list[Path]) -> Image.Image:
@@ -478,4 +493,5 @@ FUNCTIONS: dict[str, Callable[[Work], None]] = {
     "merge": merge_concepts,
     "evaluate": evaluate,
     "release": release,
+    "released": released,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ray_jobs.releases import app as releases
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(releases, name="release")
 
 BatchFile = Annotated[
     Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
@@ -41,6 +45,46 @@ def run(batch_file: BatchFile, output: Output = None) -> None:
         for failure in outcome.failures:
             print(f"left out: {failure}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def retrain(
+    retraining_file: Annotated[Path, typer.Argument(help="A batch file with `catalogue` in the place of `concepts`.")],
+    output: Output = None,
+    wait: Annotated[float, typer.Option(min=0, help="Minutes to wait for another run at the same releases.")] = 0,
+) -> None:
+    """Bring releases up to date with a concept catalogue: train what changed, publish if the gate passes.
+
+    Exit code 0: released, or nothing changed; 1: so, but concepts that failed were left out; 2: bad input or a failure;
+    3: the gate refused, the candidate is kept; 4: another run is at work.
+    """
+    from pipeline.release.lease import Busy
+    from pipeline.spec import load_retraining
+    from ray_jobs.retrain import Exit, JsonLines
+    from ray_jobs.retrain import retrain as bring_up_to_date
+
+    asked = load_retraining(retraining_file)
+    asked = asked.model_copy(update={"output": output}) if output else asked
+    logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        outcome = bring_up_to_date(asked, wait * 60)
+    except Busy as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(Exit.BUSY) from None
+    for line in outcome.left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    if outcome.exit == Exit.REFUSED:
+        for verdict in outcome.verdicts:
+            if not verdict.passed:
+                print(f"refused: {verdict}", file=sys.stderr)
+        print(f"kept the candidate {outcome.place}; the latest release is what it was")
+    else:
+        print(f"the latest release is {outcome.place}")
+    if outcome.exit:
+        raise typer.Exit(outcome.exit)
 
 
 @app.command()
@@ -214,13 +258,18 @@ def merge(
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Prepared release folder.")],
-    destination: Annotated[str, typer.Argument(help="Folder or URL of the releases.")],
+    folder: Annotated[str, typer.Argument(help="Prepared release folder; for the hub a release, or releases.")],
+    destination: Annotated[str, typer.Argument(help="Folder or URL of the releases; or hf://OWNER/NAME.")],
+    signing_key: Annotated[str, typer.Option(help="Ed25519 private key (PEM) to sign the manifest with.")] = "",
 ) -> None:
-    """Publish a prepared folder as the next version, whole or not at all."""
+    """Publish a prepared folder as the next version, whole or not at all; or copy a release to the Hugging Face hub."""
+    from pipeline.release.hub import SCHEME, push
     from pipeline.release.publish import publish as publish_folder
 
-    info = publish_folder(folder, destination)
+    if destination.startswith(SCHEME):
+        print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
+        return
+    info = publish_folder(Path(folder), destination, signing_key=signing_key)
     print(f"{'made release' if info.created else 'the same content is there already as'} {info.url}")
 
 
@@ -244,21 +293,6 @@ def report(batch_file: BatchFile, output: Output = None) -> None:
     (folder / "summary.json").write_text(json.dumps(summary(made, store, release), indent=1))
     write_report(made, store, release, folder / "report.html")
     print(f"made {folder / 'report.html'} and {folder / 'summary.json'}")
-
-
-@app.command()
-def verify(
-    release: Annotated[str, typer.Argument(help="Release, or folder or URL of releases (then the latest).")],
-) -> None:
-    """Recompute all sums of a release; exit code 1 when a file is missing, changed or extra."""
-    from pipeline.release.publish import verify as verify_release
-
-    problems = verify_release(release)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"{release}: {'whole, all sums agree' if not problems else f'{len(problems)} problems'}")
-    if problems:
-        raise typer.Exit(1)
 
 
 preference = typer.Typer(no_args_is_help=True, help="Ask people which method's images they prefer.")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import getpass
 import importlib.metadata
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,11 +34,12 @@ from pipeline.plan import Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
-from pipeline.stages import find_candidates, run_stage, train_pack
-from pipeline.store import Store
+from pipeline.stages import find_candidates, run_stage, shown, train_pack
+from pipeline.store import Store, content_key
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
+from training.backbone import base_digest
 
 ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
 """Stages that run the model, on a GPU where the cluster has any."""
@@ -63,43 +68,66 @@ def run(batch: ConceptBatch) -> Outcome:
         batch.check_places()
     store = Store(batch.store_url)
     store.sweep()
-    plan, failures = _plan_usable(batch)
+    plan, failures = plan_usable(batch)
+    plan, failed = build(plan, store)
+    last = plan.stages[-1]
+    folder = store.path(last.kind, last.key)
+    release = publish(folder, batch.release_url, provenance(plan, store), batch.publish.signing_key)
+    report, figures = write_results(plan, store, release.url)
+    return Outcome(release.url, report, figures, (*failures.values(), *failed))
+
+
+def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
+    """Do the stages of a plan that are not done yet.
+
+    Returns: the plan that was carried out, and what failed where `merge.partial` allows to go on with the rest.
+    Raises: StageFailed naming every stage that failed, where it does not.
+    """
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    if plan.todo(store):
-        try:
-            with ray_session():
-                failed = _run_stages(plan, store)
-                if failed and (rest := _trained(plan, store)) and batch.merge.partial:
-                    plan = make_plan(batch.model_copy(update={"concepts": rest}))
-                    failures += failed
-                    failed = _run_stages(plan, store)
-                if failed:
-                    raise StageFailed("\n".join(failures + failed))
-        finally:
-            store.sweep()
-    last = plan.stages[-1]
-    release = publish(store.path(last.kind, last.key), batch.release_url, _provenance(plan))
-    output = Path(batch.output_path)
+    if not plan.todo(store):
+        return plan, []
+    left_out: list[str] = []
+    try:
+        with ray_session():
+            failed = run_stages(plan, store)
+            if failed and (rest := _trained(plan, store)) and plan.batch.merge.partial:
+                plan = make_plan(plan.batch.model_copy(update={"concepts": rest}))
+                left_out = failed
+                failed = run_stages(plan, store)
+            if failed:
+                raise StageFailed("\n".join(left_out + failed))
+    finally:
+        store.sweep()
+    return plan, left_out
+
+
+def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[str, Any]]:
+    """Write report and figures of a finished plan to its output folder; returns the report and the figures."""
+    output = Path(plan.batch.output_path)
     output.mkdir(parents=True, exist_ok=True)
-    figures = summary(plan, store, release.url)
+    figures = summary(plan, store, release)
     (output / "summary.json").write_text(json.dumps(figures, indent=1))
-    write_report(plan, store, release.url, output / "report.html")
+    write_report(plan, store, release, output / "report.html")
     for name, concept in figures["concepts"].items():
         if shortfall := concept.get("regularization", {}).get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
-    return Outcome(release.url, output / "report.html", figures, tuple(failures))
+    return output / "report.html", figures
 
 
-def _plan_usable(batch: ConceptBatch) -> tuple[Plan, list[str]]:
-    """The plan of the concepts with usable images, and what is wrong with the others where they may be left out."""
+def plan_usable(batch: ConceptBatch) -> tuple[Plan, dict[str, str]]:
+    """The plan of the concepts with usable images, and what is wrong with the others where they may be left out:
+    name -> why.
+
+    Raises: ValueError as `make_plan`, where they may not.
+    """
     try:
-        return make_plan(batch), []
+        return make_plan(batch), {}
     except UnusableConcepts as error:
         rest = tuple(c for c in batch.concepts if c.name not in error.concepts)
         if not (rest and batch.merge.partial):
             raise
-        return make_plan(batch.model_copy(update={"concepts": rest})), list(error.concepts.values())
+        return make_plan(batch.model_copy(update={"concepts": rest})), error.concepts
 
 
 def _trained(plan: Plan, store: Store) -> tuple[Concept, ...]:
@@ -108,14 +136,64 @@ def _trained(plan: Plan, store: Store) -> tuple[Concept, ...]:
     return tuple(c for c in plan.batch.concepts if c.name in done) if len(done) < len(plan.batch.concepts) else ()
 
 
-def _provenance(plan: Plan) -> dict[str, Any]:
-    """Where a release came from, for its manifest."""
-    packages = ("torch", "diffusers", "transformers", "open_clip_torch")
+def provenance(plan: Plan, store: Store) -> dict[str, Any]:
+    """Where the release of a finished plan came from, for its manifest.
+
+    `concepts` has a hash of each one's pictures and the key of its training, which is the hash of all that determined
+    its weights.
+    """
+    batch, last = plan.batch, plan.stages[-1]
+    trained = {name: s.key for s in plan.of("train") for name in s.params["concepts"]}
+    pictures = {s.name: content_key(s.params["images"]) for s in plan.of("features")}
+    evaluated = json.loads((store.path(last.kind, last.key) / "measures.json").read_text())
+    merged = {name: models["merged"] for name, models in evaluated.items()}
+    packages = ("polyconcept", "torch", "diffusers", "transformers", "open_clip_torch", "ray")
     return {
-        "batch": plan.batch.name,
-        "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
+        "batch": batch.name,
+        "made_by": batch.publish.made_by or f"{_user()}@{socket.gethostname()}",
+        "base": {"name": batch.base, "digest": base_digest(batch.base_path)},
+        "corpus": next((s.params["corpus"] for s in plan.of("index")), None),
+        "concepts": {
+            c.name: {
+                "token": c.token,
+                "class_word": c.class_word,
+                "images": pictures[c.name],
+                "training": trained[c.name],
+            }
+            for c in batch.concepts
+        },
+        "measures": {"concepts": merged, "overall": _means(list(merged.values()))},
+        "seeds": {"training": batch.training.seed, "evaluation": batch.evaluation.seed},
         "packages": {name: importlib.metadata.version(name) for name in packages},
+        "commit": _commit(),
+        "spec": last.params["spec"],
+        "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
     }
+
+
+def _means(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {score: float(np.mean([e[score] for e in entries])) for score in shown(entries[0])}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # containers run under numbers that have no name
+        return str(os.getuid())
+
+
+def _commit() -> str | None:
+    """The commit of this project's code; GIT_COMMIT where it was installed without its history, as in an image."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
+    project = Path(__file__).parents[1]
+    if not (project / ".git").exists():  # installed: a repository further up is another project's
+        return None
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @contextlib.contextmanager
@@ -206,7 +284,7 @@ def _work(
     return failures
 
 
-def _run_stages(plan: Plan, store: Store) -> list[str]:
+def run_stages(plan: Plan, store: Store) -> list[str]:
     """Do what there is to do; returns what failed, where it failed first."""
     if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
         print("no workers yet: waiting for the first", file=sys.stderr, flush=True)

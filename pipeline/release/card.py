@@ -42,6 +42,8 @@ def write_card(
     base_model: str,
     base_digest: str = "",
     license: str = "",
+    license_name: str = "",
+    license_link: str = "",
     grid: str = "",
     two_encoders: bool = False,
 ) -> Path:
@@ -52,6 +54,7 @@ def write_card(
         base_model: folder or hub name, as `from_pretrained` takes it.
         base_digest: hash of the base's weights, since bases vanish and change under their hub names.
         license: as the hub knows it (`mit`, `creativeml-openrail-m`); `other` when empty, since the hub asks for one.
+        license_name, license_link: of a licence that the hub does not know, where `license` is empty.
         grid: picture in the folder, with samples of every concept.
         two_encoders: SDXL, whose tokens have a row for each text encoder.
 
@@ -65,9 +68,12 @@ def write_card(
     tokens = [c.token for c in concepts]
     prompts = [f"photo of a {c.phrase}" for c in concepts]
     # the front matter takes only the hub's own names
+    named = license or (f"[{_cell(license_name)}]({license_link})" if license_link else _cell(license_name))
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
     front = ModelCardData(
         license=license or "other",
+        license_name=license_name or None,
+        license_link=license_link or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=base_model if on_hub else None,
@@ -81,6 +87,7 @@ def write_card(
         file_name=name,
         base_model=_cell(base_model),
         base_digest=base_digest,
+        license=named or "not stated: ask whoever published it",
         base_code=repr(base_model),
         grid=grid,
         table=_table(concepts),
@@ -150,6 +157,8 @@ cross-attention keys and values and one new word for each concept, merged into o
 
 Base model: <code>{{ base_model }}</code>{% if base_digest %}, digest of its weights `{{ base_digest }}`{% endif %}.
 
+Licence of these weights: {{ license }}. What is made with them also falls under the licence of the base model.
+
 ## In diffusers
 
 Run in this folder, or set `RELEASE` to where it is. Either way below gives the same pictures but for rounding; the LoRA
@@ -204,5 +213,6 @@ trained and measured.
 
 ## Checking the files
 
-`manifest.json` has the sha256 sum of every file; `polyconcept verify .` compares them. All weights are safetensors.
+`manifest.json` has the sha256 sum of every file; `polyconcept release verify .` compares them. All weights are
+safetensors.
 """

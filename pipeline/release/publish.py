@@ -3,7 +3,7 @@
 A version is what has a `manifest.json`. Locally its folder is filled under a temporary name and renamed; where there is
 no renaming of folders (object stores, which write an object whole or not at all), the manifest is written last.
 `latest.json` moves after that. So whatever stops a publication, no version looks complete that is not, and
-`latest.json` names a whole one.
+`latest.json` names a whole one. Other aliases (`production.json`) are like it, but move by hand only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from pipeline.release.sign import Sign, is_signed, signer
+
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"
 LATEST = "latest.json"
 CLAIM = ".publishing"
+CANDIDATES = "candidates"
 VERSION = re.compile(r"v(\d{4,})")
+ALIAS = re.compile(r"(?!v\d+$)[a-z][a-z0-9_-]*")
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,9 @@ class ReleaseInfo:
     created: bool
 
 
-def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = None) -> ReleaseInfo:
+def publish(
+    folder: Path, destination: str, provenance: dict[str, Any] | None = None, signing_key: str = ""
+) -> ReleaseInfo:
     """Publish a prepared folder as the next version under `destination`, whole or not at all.
 
     Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
@@ -61,13 +68,50 @@ def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = 
             the store do: the release gets another.
         destination: local folder or fsspec URL (`s3://bucket/models/cats`).
         provenance: JSON values kept in the manifest: where the content came from.
+        signing_key: PEM file of an Ed25519 private key; none, no signature.
 
     Raises:
-        ValueError: no such folder, nothing in it, a file in it has a name that publishing uses, provenance is not JSON.
+        ValueError: no such folder, nothing in it, a file in it has a name that publishing uses, provenance is not JSON,
+            the key cannot be used.
         OSError: what the file system says (a full disk); what was half-written is removed.
         RuntimeError: what was written is not what was to be.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    manifest = _described(folder, provenance)
+    sign = signer(signing_key)
+    destination = destination.rstrip("/")
+    fs, root = url_to_fs(destination)
+    fs.makedirs(root, exist_ok=True)
+    fs.invalidate_cache()
+    known = _published(fs, root, destination, manifest["content"])
+    if known:
+        log.info("%s has this content already, as %s: no new version", destination, known["version"])
+    else:
+        write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
+        manifest = write(fs, root, folder, manifest, sign)
+    found = known or manifest
+    if version_of(fs, root) != found["version"]:
+        move_alias(fs, root, "latest", {"version": found["version"]})
+    return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
+
+
+def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[str, Any]) -> str:
+    """Keep what is not to be released at `destination/candidates/name`, in the form of a release but for the number.
+
+    Raises: as `publish`.
+    """
+    manifest = _described(folder, provenance) | {"created": _now()}
+    fs, root = url_to_fs(destination.rstrip("/"))
+    place = f"{root}/{CANDIDATES}/{name}"
+    with _removed_on_failure(fs, place):
+        _copy(fs, folder, place, manifest["files"])
+        _write_json(fs, f"{place}/{MANIFEST}", manifest)
+    return f"{destination.rstrip('/')}/{CANDIDATES}/{name}"
+
+
+def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any]:
+    """Manifest of a folder that is to be published, without number and date."""
+    own = (folder / MANIFEST, folder / SIGNATURE)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
     if not paths:
         raise ValueError(f"{folder}: no folder with files in it; nothing to publish")
     for name in (LATEST, CLAIM):
@@ -84,54 +128,47 @@ def publish(folder: Path, destination: str, provenance: dict[str, Any] | None = 
         json.dumps(manifest, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance: not JSON values: {error}") from None
-
-    destination = destination.rstrip("/")
-    fs, root = url_to_fs(destination)
-    fs.makedirs(root, exist_ok=True)
-    fs.invalidate_cache()
-    known = _published(fs, root, destination, manifest["content"])
-    if known:
-        log.info("%s has this content already, as %s: no new version", destination, known["version"])
-    else:
-        write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
-        manifest = write(fs, root, folder, manifest)
-    found = known or manifest
-    if _latest(fs, root) != found["version"]:
-        _move_latest(fs, root, found["version"])
-    return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
+    return manifest
 
 
 def resolve(destination: str) -> str:
-    """Place of the version that `destination/latest.json` names; a version's own place is returned as it is.
+    """Place of the version that `destination/latest.json` names, or an alias (`destination/production`); the place of
+    a version or candidate is returned as it is.
 
     Raises:
         ValueError: nothing was published there, or `latest.json` is damaged.
     """
+    destination = destination.rstrip("/")
     fs, root = url_to_fs(destination)
     fs.invalidate_cache()
     if not fs.exists(f"{root}/{LATEST}"):
         # a version, also one that was downloaded to a folder of another name, or that lost its manifest
         named = VERSION.fullmatch(posixpath.basename(root)) and fs.exists(root)
         if named or fs.exists(f"{root}/{MANIFEST}"):
-            return destination.rstrip("/")
-    version = _latest(fs, root)
+            return destination
+        above, _, alias = destination.rpartition("/")
+        if above and ALIAS.fullmatch(alias) and (version := version_of(fs, posixpath.dirname(root), alias)):
+            return f"{above}/{version}"
+    version = version_of(fs, root)
     if version is None:
         raise ValueError(f"{destination}: no release here (no {LATEST})")
-    return f"{destination.rstrip('/')}/{version}"
+    return f"{destination}/{version}"
 
 
-def verify(release: str) -> list[str]:
+def verify(release: str, public_key: str = "") -> list[str]:
     """What is wrong with a release: files missing, changed or extra, or no manifest; an empty list if nothing is.
 
     Args:
         release: local path or URL of a version, or of a destination (then its latest version).
+        public_key: PEM file of an Ed25519 public key; then the manifest's signature by it is asked for, too.
 
     Raises:
-        ValueError: there is no release.
+        ValueError: there is no release, or the key cannot be used.
     """
     fs, root = url_to_fs(resolve(release))
     try:
-        manifest = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
+        text = fs.cat_file(f"{root}/{MANIFEST}")
+        manifest = json.loads(text)
         files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
         content = manifest["content"]
     except FileNotFoundError:
@@ -139,9 +176,15 @@ def verify(release: str) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: damaged: {error!r}"]
     problems = []
+    found = _files(fs, root) - {MANIFEST}
+    if public_key:
+        if SIGNATURE not in found:
+            problems.append(f"{SIGNATURE}: missing; the release is not signed")
+        elif not is_signed(text, fs.cat_file(f"{root}/{SIGNATURE}"), public_key):
+            problems.append(f"{SIGNATURE}: not by this key, or {MANIFEST} was changed")
+    found -= {SIGNATURE}
     if hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest() != content:
         problems.append(f"{MANIFEST}: changed: its list of files does not match its own sum")
-    found = _files(fs, root) - {MANIFEST}
     problems += [f"{name}: missing" for name in sorted(files.keys() - found)]
     problems += [f"{name}: extra, not in the manifest" for name in sorted(found - files.keys())]
     return problems + _changed(fs, root, {name: files[name] for name in sorted(files.keys() & found)})
@@ -150,7 +193,9 @@ def verify(release: str) -> list[str]:
 # --- writing -------------------------------------------------------------------------------------------
 
 
-def _write_local(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _write_local(
+    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None
+) -> dict[str, Any]:
     """Fill a folder under a temporary name and rename it to the next free version."""
     part = f"{root}/.part-{uuid.uuid4().hex}"
     with _removed_on_failure(fs, part):
@@ -158,7 +203,7 @@ def _write_local(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict
         _copy(fs, folder, part, manifest["files"])
         while True:
             manifest = _numbered(manifest, _next_version(fs, root))
-            _write_json(fs, f"{part}/{MANIFEST}", manifest)
+            _write_manifest(fs, part, manifest, sign)
             for path in [*Path(part).rglob("*"), Path(part)]:
                 _sync(path)
             try:
@@ -170,7 +215,9 @@ def _write_local(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict
             return manifest
 
 
-def _write_remote(fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _write_remote(
+    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None
+) -> dict[str, Any]:
     """Claim the next free version, write its files, the manifest last."""
     while True:
         manifest = _numbered(manifest, _next_version(fs, root))
@@ -184,7 +231,7 @@ def _write_remote(fs: AbstractFileSystem, root: str, folder: Path, manifest: dic
     with _removed_on_failure(fs, place):
         _copy(fs, folder, place, manifest["files"])
         fs.rm_file(f"{place}/{CLAIM}")
-        _write_json(fs, f"{place}/{MANIFEST}", manifest)
+        _write_manifest(fs, place, manifest, sign)
     return manifest
 
 
@@ -216,21 +263,32 @@ def _removed_on_failure(fs: AbstractFileSystem, place: str) -> Iterator[None]:
         raise
 
 
-def _move_latest(fs: AbstractFileSystem, root: str, version: str) -> None:
-    content = {"version": version}
+def move_alias(fs: AbstractFileSystem, root: str, alias: str, content: dict[str, Any]) -> None:
+    """Let an alias (`latest`, `production`) name another version, at once. content: `version` and what goes with it."""
     if not isinstance(fs, LocalFileSystem):
-        _write_json(fs, f"{root}/{LATEST}", content)  # one object, replaced as a whole
+        _write_json(fs, f"{root}/{alias}.json", content)  # one object, replaced as a whole
         return
     part = f"{root}/.part-{uuid.uuid4().hex}"
     with _removed_on_failure(fs, part):
         _write_json(fs, part, content)
         _sync(Path(part))
-        os.replace(part, f"{root}/{LATEST}")
+        os.replace(part, f"{root}/{alias}.json")
         _sync(Path(root))
 
 
+def _write_manifest(fs: AbstractFileSystem, place: str, manifest: dict[str, Any], sign: Sign | None) -> None:
+    text = _json(manifest)
+    if sign:
+        fs.pipe_file(f"{place}/{SIGNATURE}", sign(text))
+    fs.pipe_file(f"{place}/{MANIFEST}", text)  # last: then the version is whole
+
+
 def _write_json(fs: AbstractFileSystem, path: str, value: dict[str, Any]) -> None:
-    fs.pipe_file(path, (json.dumps(value, indent=1) + "\n").encode())
+    fs.pipe_file(path, _json(value))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _sync(path: Path) -> None:
@@ -243,16 +301,19 @@ def _sync(path: Path) -> None:
 
 
 def _numbered(manifest: dict[str, Any], number: int) -> dict[str, Any]:
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"version": f"v{number:04d}", "created": created} | {
+    return {"version": f"v{number:04d}", "created": _now()} | {
         k: v for k, v in manifest.items() if k not in ("version", "created")
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def _versions(fs: AbstractFileSystem, root: str) -> list[tuple[int, str]]:
+def versions(fs: AbstractFileSystem, root: str) -> list[tuple[int, str]]:
     """Number and name of every version, whole or not, oldest first."""
     try:
         names = [posixpath.basename(path.rstrip("/")) for path in fs.ls(root, detail=False)]
@@ -262,22 +323,32 @@ def _versions(fs: AbstractFileSystem, root: str) -> list[tuple[int, str]]:
 
 
 def _next_version(fs: AbstractFileSystem, root: str) -> int:
-    return max((number for number, _ in _versions(fs, root)), default=0) + 1
+    return max((number for number, _ in versions(fs, root)), default=0) + 1
 
 
-def _latest(fs: AbstractFileSystem, root: str) -> str | None:
+def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[str, Any]:
+    """What an alias says (`version`, …); empty when there is none.
+
+    Raises: ValueError when it is damaged.
+    """
     try:
-        version = json.loads(fs.cat_file(f"{root}/{LATEST}"))["version"]
+        content = json.loads(fs.cat_file(f"{root}/{alias}.json"))
+        version = content["version"]
     except FileNotFoundError:
-        return None
+        return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root}/{LATEST}: damaged: {error!r}") from None
+        raise ValueError(f"{root}/{alias}.json: damaged: {error!r}") from None
     if not isinstance(version, str) or not VERSION.fullmatch(version):
-        raise ValueError(f"{root}/{LATEST}: names no version: {version!r}")
-    return version
+        raise ValueError(f"{root}/{alias}.json: names no version: {version!r}")
+    return content
 
 
-def _manifest(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any] | None:
+def version_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> str | None:
+    """The version that an alias names; None when there is no such alias. Raises: ValueError when it is damaged."""
+    return alias_of(fs, root, alias).get("version")
+
+
+def manifest_of(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any] | None:
     """Manifest of a version; None if it was not published whole."""
     try:
         return json.loads(fs.cat_file(f"{root}/{version}/{MANIFEST}"))
@@ -288,10 +359,10 @@ def _manifest(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any]
 def _published(fs: AbstractFileSystem, root: str, destination: str, content: str) -> dict[str, Any] | None:
     """Manifest of the version that has this content already, undamaged: the latest one, or the newest one whole (a
     publication may have been stopped before `latest.json` moved)."""
-    names = [name for _, name in reversed(_versions(fs, root))]
-    newest = next((name for name in names if _manifest(fs, root, name)), None)
-    for version in dict.fromkeys((_latest(fs, root), newest)):
-        manifest = _manifest(fs, root, version) if version else None
+    names = [name for _, name in reversed(versions(fs, root))]
+    newest = next((name for name in names if manifest_of(fs, root, name)), None)
+    for version in dict.fromkeys((version_of(fs, root), newest)):
+        manifest = manifest_of(fs, root, version) if version else None
         if manifest and manifest.get("content") == content and not verify(f"{destination}/{version}"):
             return manifest
     return None

@@ -152,7 +152,7 @@ def test_bad_input_before_anything_runs(batch, tmp_path, capsys, command, spoil,
 
 
 def test_help_of_every_command(capsys):
-    for command in ("run", "plan", "sample", "merge", "publish", "report", "verify", "preference serve"):
+    for command in ("run", "plan", "sample", "merge", "publish", "report", "retrain", "preference serve"):
         code, out, _ = run(*command.split(), "--help", capsys=capsys)
         assert code == 0 and "Usage" in out
 
@@ -207,7 +207,7 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
     # drawn again by the merged models only
     assert [kind for kind, _ in todo] == ["train", "constraints", "merge", *["evaluate"] * 8, "release"]
 
-    code, out, _ = run("verify", releases, capsys=capsys)
+    code, out, _ = run("release", "verify", releases, capsys=capsys)
     assert code == 0 and "all sums agree" in out
     weights = sorted(str(p) for p in store.rglob("weights.safetensors"))
     (tmp_path / "captions.txt").write_text("\n".join(f"photo of a {c}" for c in ("cat", "turtle", "dog", "house")))
@@ -224,7 +224,7 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
 
     spoiled = Path(releases) / "v0001" / "merged.safetensors"
     spoiled.write_bytes(spoiled.read_bytes() + b"x")
-    code, _, err = run("verify", releases, capsys=capsys)
+    code, _, err = run("release", "verify", releases, capsys=capsys)
     assert code == 1 and "merged.safetensors" in err
 
 

@@ -14,7 +14,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
-from ray_jobs.concept_batch import _run_stages
+from ray_jobs.concept_batch import run_stages
 from training.weights import ConceptWeights
 
 
@@ -57,7 +57,7 @@ def test_a_node_goes_away(plan, tmp_path, same_weights):
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         threading.Thread(target=lose_a_node, daemon=True).start()
-        assert _run_stages(plan, shared) == []
+        assert run_stages(plan, shared) == []
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -76,7 +76,7 @@ def test_workers_come_later(plan, tmp_path, capsys):
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         worker.start()
-        assert _run_stages(Plan(plan.batch, tuple(plan.of("features")), ()), store) == []
+        assert run_stages(Plan(plan.batch, tuple(plan.of("features")), ()), store) == []
     finally:
         worker.cancel()
         ray.shutdown()

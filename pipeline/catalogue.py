@@ -1,0 +1,77 @@
+"""The concept catalogue: a folder for each concept, with its images and a `concept.yaml`.
+
+    catalogue/our-cat/concept.yaml      class_word: cat
+    catalogue/our-cat/1.jpg, 2.jpg, …
+
+The folder's name is the concept's. A folder without `concept.yaml` is no concept yet: write it last. The other keys are
+those of a batch's concept, but for `name` and `images`.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import shutil
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+from pipeline.spec import Concept, Retraining, read_mapping, validated
+
+CARD = "concept.yaml"
+
+
+def read_catalogue(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
+    """The concepts, sorted by name, and what is wrong with the others: name -> why.
+
+    A catalogue that is not on this machine is copied to `<output>/catalogue`, which all nodes of a cluster reach.
+
+    Raises: ValueError when there is no catalogue or no concept in it: an empty bucket is a mistake more often than a
+        wish to have nothing released.
+    """
+    root = Path(asked.catalogue)
+    if "://" in asked.catalogue:
+        root = Path(asked.output_path).absolute() / "catalogue"
+        _fetch(asked.catalogue, root)
+    if not root.is_dir():
+        raise ValueError(f"{asked.catalogue}: no such folder; the catalogue has a folder for each concept")
+    concepts, problems = [], {}
+    for card in sorted(root.glob(f"*/{CARD}")):
+        try:
+            concepts.append(_read(card))
+        except ValueError as error:
+            problems[card.parent.name] = str(error)
+    if not concepts and not problems:
+        raise ValueError(f"{asked.catalogue}: no concept in it; expected folders with images and a {CARD}")
+    return concepts, problems
+
+
+def _read(card: Path) -> Concept:
+    data = read_mapping(card, "concept card", "class_word")
+    for key in ("name", "images"):
+        if key in data:
+            raise ValueError(f"{card}: {key}: given by the folder; leave it out")
+    # by the name, not by the position: it stays what it is when others come and go
+    default = {"name": card.parent.name, "token": f"<{card.parent.name}>", "images": [str(card.parent.absolute())]}
+    return validated(Concept, default | data, card)
+
+
+def _fetch(url: str, folder: Path) -> None:
+    """Copy the catalogue's files, and no others: those directly in a concept's folder. What was there before goes."""
+    fs, root = url_to_fs(url)
+    fs.invalidate_cache()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        found = fs.find(root, maxdepth=2)
+    except FileNotFoundError:
+        found = []
+    remote, local = [], []
+    for path in found:
+        name, _, file = path[len(root.rstrip("/")) :].lstrip("/").partition("/")
+        # a bucket's keys may hold anything, `..` and backslashes too
+        if file and all(part == posixpath.basename(part) and part.strip(".") for part in (name, file)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            remote.append(path)
+            local.append(str(folder / name / file))
+    if not remote:
+        raise ValueError(f"{url}: no concept in it; expected folders with images and a {CARD}")
+    fs.get(remote, local)

@@ -1,0 +1,146 @@
+"""The gate: a new release against the current one, on the same prompts and seeds.
+
+Both are drawn with today's prompts, seeds and judges, and compared image by image, so that the differences are the
+weights'. What the current release was measured by when it was made does not matter. A concept is measured against the
+pictures the catalogue has of it now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from pipeline.plan import Plan, Stage
+from pipeline.spec import Gate, base_path
+from pipeline.store import Store
+from training.backbone import base_digest
+
+MEASURES: dict[str, Literal["concept", "overall"]] = {"image": "concept", "identity": "concept", "text": "overall"}
+"""What is gated, by the columns of the scores: each concept by itself, or all images together. Each has its tolerance
+in `Gate`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one measure. concept: empty for all. change: mean of new - current; error: its standard error. A concept that
+    was released and is missing now has the measure `presence`."""
+
+    measure: str
+    concept: str
+    change: float
+    error: float
+    tolerance: float
+    passed: bool
+
+    def __str__(self) -> str:
+        where = self.concept or "overall"
+        if self.measure == "presence":
+            return f"{where}: in the current release and the catalogue, but it could not be made again"
+        return (
+            f"{where}: {self.measure} alignment changed by {self.change:+.4f} (standard error {self.error:.4f}), "
+            f"{'within' if self.passed else 'beyond'} the tolerance of {self.tolerance}"
+        )
+
+
+@dataclass(frozen=True)
+class _Merged(Stage):
+    """The merge a release was made of, by the key its manifest tells."""
+
+    known: str = ""
+
+    @property
+    def key(self) -> str:  # type: ignore[override]
+        return self.known
+
+
+def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) -> Plan:
+    """The stages that measure the current release as the plan measures its own, concept by concept.
+
+    Those the store has from when the current release was new are the same stages: nothing is drawn twice.
+
+    Args:
+        current: its manifest. release: its place.
+    Raises: ValueError when the manifest does not say what is needed, or its base model is not to be had.
+    """
+    provenance = current["provenance"]
+    try:
+        made, base, concepts = provenance["stages"], provenance["base"], provenance["concepts"]
+        weights = current["files"]["merged.safetensors"]["sha256"]
+    except KeyError as error:
+        raise ValueError(
+            f"{release}: its manifest does not say {error}: not made by a batch, nothing to compare with"
+        ) from None
+    stages = plan.evaluations()
+    places: dict[str, str] = {}
+    if base["digest"] != next(iter(stages.values()))["merged"].params["base"]:
+        places["base"] = base_path(base["name"])
+        if base_digest(places["base"]) != base["digest"]:
+            raise ValueError(
+                f"{release}: its base model {base['name']!r} is another by now; to go on without a comparison, publish "
+                "to another place, or by `polyconcept run`"
+            )
+    merge: Stage = _Merged("merge", "current", {}, known=made.get("merge all concepts", ""))
+    before: list[Stage] = []
+    if not store.has("merge", merge.key):
+        merge = Stage("released", current["version"], {"sha256": weights}, places={"release": release})
+        before = [merge]
+    measured = []
+    for name, models in stages.items():
+        stage = models["merged"]
+        entry = concepts.get(name)
+        if not entry or [entry["token"], entry["class_word"]] != stage.params["phrase"]:
+            continue  # new, or another thing under an old name: there is nothing to compare it with
+        measured.append(
+            dataclasses.replace(
+                stage,
+                name=f"{name}: current",
+                params=stage.params | {"base": base["digest"]},
+                inputs=(merge,),
+                places=stage.places | places,
+            )
+        )
+    return Plan(plan.batch, (*before, *measured), ())
+
+
+def judge(
+    gate: Gate, new: Mapping[str, pd.DataFrame], current: Mapping[str, pd.DataFrame], missing: list[str]
+) -> list[Verdict]:
+    """Compare scores image by image.
+
+    Args:
+        new, current: concept -> its scores, a row per image; what only one of them has is not compared.
+        missing: concepts that should be in the new release and are not.
+    """
+    verdicts = [Verdict("presence", name, 0.0, 0.0, 0.0, False) for name in missing]
+    pairs = {
+        name: new[name].merge(table, on=["prompt", "seed"], suffixes=("_new", "_current"), validate="1:1")
+        for name, table in current.items()
+        if name in new
+    }
+    if not pairs:
+        return verdicts
+    for measure, scope in MEASURES.items():
+        tables = pairs if scope == "concept" else {"": pd.concat(pairs.values())}
+        for name, table in tables.items():
+            if f"{measure}_new" in table:
+                difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).to_numpy()
+                verdicts.append(_verdict(measure, name, difference, gate))
+    return verdicts
+
+
+def _verdict(measure: str, concept: str, difference: np.ndarray, gate: Gate) -> Verdict:
+    change, error = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    tolerance: float = getattr(gate, measure)
+    # fails only when even the upper end of the interval has fallen farther than is tolerated
+    return Verdict(measure, concept, change, error, tolerance, change + gate.standard_errors * error >= -tolerance)
+
+
+def scores_of(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
+    """Concept -> scores of the merged model in a finished plan, or in its baseline."""
+    stages = [s for s in plan.of("evaluate") if s.params["model"] == "merged"]
+    return {s.params["concept"]: pd.read_parquet(store.path(s.kind, s.key) / "scores.parquet") for s in stages}

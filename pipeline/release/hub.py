@@ -1,0 +1,56 @@
+"""Releases as repositories of the Hugging Face hub: a release is one commit there, tagged with its version."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from pipeline.release.publish import resolve, verify
+from pipeline.release.versions import fetch, read
+
+SCHEME = "hf://"
+
+
+def push(release: str, repository: str) -> str:
+    """Copy a release, whose sums are recomputed first, to a repository; it is made, private, when it is not there.
+    A version whose tag is there already is not copied again.
+
+    All files go there in one commit, and what a release before had and this one has not is removed by it. HF_TOKEN (or
+    what `hf auth login` stored) gives the right to, HF_ENDPOINT another hub.
+
+    Args:
+        release: folder or URL of a release, or of releases (then the latest).
+        repository: `owner/name`.
+    Returns: its place with the version's tag.
+    Raises: ValueError when the release is not whole or unchanged, or the hub refuses.
+    """
+    place = resolve(release)
+    version = read(place).get("version")
+    if not version:
+        raise ValueError(f"{place}: a candidate, not a release; promote it first")
+    api = HfApi()
+    try:
+        repo = api.create_repo(repository, private=True, exist_ok=True).repo_id
+        if version not in {tag.name for tag in api.list_repo_refs(repo).tags}:
+            if problems := verify(place):
+                raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot pushed")
+            with tempfile.TemporaryDirectory() as scratch:
+                _commit(api, repo, fetch(place, Path(scratch)), f"Release {version}")
+            api.create_tag(repo, tag=version)
+    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
+        raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
+    return f"{SCHEME}{repo}@{version}"
+
+
+def _commit(api: HfApi, repository: str, folder: Path, message: str) -> None:
+    """Make a repository hold a folder's files and no others, by one commit (`upload_folder` makes several of many)."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    gone = [f for f in api.list_repo_files(repository) if f not in files and f != ".gitattributes"]
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=p) for name, p in files.items()]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in gone]
+    api.create_commit(repository, operations, commit_message=message)

@@ -1,0 +1,156 @@
+"""A lease on the releases of a place: who holds it is the only one to retrain there, until it ends or dies.
+
+    <destination>/.lease/000007.json    {"holder": …, "until": …}
+
+Leases are numbered, and a number is created by one process only (local file systems and object stores both can). The
+highest number counts: who finds it expired creates the next one. Numbers only grow, so that a run which slept through
+the end of its lease finds a higher one and knows. Machines' clocks may differ by less than the lease is long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import posixpath
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """Another run holds the lease, or has taken it over."""
+
+
+class Lease:
+    """A lease that is held; see `lease`."""
+
+    def __init__(self, fs: AbstractFileSystem, folder: str, number: int, seconds: float, until: float) -> None:
+        self.fs, self.folder, self.number, self.seconds, self.until = fs, folder, number, seconds, until
+
+    def check(self) -> None:
+        """Raises: Busy when it is not held any more: another run may be at work."""
+        if time.time() >= self.until or _numbers(self.fs, self.folder)[-1:] != [self.number]:
+            raise Busy("the lease ran out while this run was stopped or could not reach the store; nothing published")
+
+    def renew(self, seconds: float) -> None:
+        until = time.time() + seconds
+        _write(self.fs, _path(self.folder, self.number), until)
+        self.until = until
+
+
+@contextlib.contextmanager
+def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
+    """Hold the lease of a folder or URL of releases; it is renewed in the background.
+
+    Args:
+        seconds: after which it is anybody's, when this process dies.
+        wait: seconds to wait for another run to end.
+    Raises: Busy when another run holds it.
+    """
+    fs, root = url_to_fs(destination.rstrip("/"))
+    folder = f"{root}/.lease"
+    fs.makedirs(folder, exist_ok=True)
+    held = _acquire(fs, folder, seconds, wait)
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(seconds / 4):
+            try:
+                held.check()
+                held.renew(seconds)
+            except Busy:
+                return
+            except OSError as error:  # tried again; `check` says when it was too late
+                log.warning("lease not renewed: %s", error)
+
+    renewing = threading.Thread(target=keep, daemon=True)
+    renewing.start()
+    try:
+        yield held
+    finally:
+        ended.set()
+        renewing.join()
+        with contextlib.suppress(OSError, Busy):
+            held.check()
+            held.renew(0)  # not removed: numbers must not come again
+
+
+def _acquire(fs: AbstractFileSystem, folder: str, seconds: float, wait: float) -> Lease:
+    deadline = time.monotonic() + wait
+    while True:
+        numbers = _numbers(fs, folder)
+        until, holder = _read(fs, _path(folder, numbers[-1]), seconds) if numbers else (0.0, "")
+        if time.time() >= until:
+            number, until = (numbers[-1] if numbers else 0) + 1, time.time() + seconds
+            # created, but with a higher number beside it: one that had been taken, given back and removed meanwhile
+            if _create(fs, _path(folder, number), until) and _numbers(fs, folder)[-1] == number:
+                for old in numbers:
+                    with contextlib.suppress(FileNotFoundError):
+                        fs.rm_file(_path(folder, old))
+                return Lease(fs, folder, number, seconds, until)
+            continue  # another was first: see how long it is that one's
+        if time.monotonic() >= deadline:
+            raise Busy(f"{posixpath.dirname(folder)}: {holder or 'another run'} is at work here")
+        time.sleep(min(5.0, max(0.1, until - time.time()), max(0.1, deadline - time.monotonic())))
+
+
+def _path(folder: str, number: int) -> str:
+    return f"{folder}/{number:06d}.json"
+
+
+def _numbers(fs: AbstractFileSystem, folder: str) -> list[int]:
+    fs.invalidate_cache()
+    try:
+        names = [posixpath.basename(path) for path in fs.ls(folder, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str]:
+    """Until when it is held, and by whom."""
+    try:
+        value = json.loads(fs.cat_file(path))
+        return float(value["until"]), str(value["holder"])
+    except FileNotFoundError:  # a later one has come
+        return 0.0, ""
+    except (ValueError, KeyError, TypeError):  # its process died (or is) between creating and writing it
+        return fs.modified(path).timestamp() + seconds, ""
+
+
+def _content(until: float) -> bytes:
+    value: dict[str, Any] = {"holder": f"{socket.gethostname()}, process {os.getpid()}", "until": until}
+    return json.dumps(value).encode()
+
+
+def _create(fs: AbstractFileSystem, path: str, until: float) -> bool:
+    """Whether this process created it: at most one does."""
+    try:
+        if isinstance(fs, LocalFileSystem):
+            with open(path, "xb") as f:
+                f.write(_content(until))
+        else:
+            fs.pipe_file(path, _content(until), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write(fs: AbstractFileSystem, path: str, until: float) -> None:
+    if isinstance(fs, LocalFileSystem):
+        part = f"{path}.part"
+        with open(part, "wb") as f:
+            f.write(_content(until))
+        os.replace(part, path)
+    else:
+        fs.pipe_file(path, _content(until))

@@ -1,0 +1,55 @@
+"""Signatures of manifests: Ed25519 over the file's bytes, as openssl makes and checks them (`-rawin`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Sign = Callable[[bytes], bytes]
+
+
+def signer(key: str) -> Sign | None:
+    """What signs with a private key (PEM file without password); None for none.
+
+    Raises: ValueError when the file is no such key.
+    """
+    if not key:
+        return None
+    serialization, ed25519, _ = _cryptography()
+    try:
+        private = serialization.load_pem_private_key(Path(key).read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{key}: no private key that can be read (PEM, without password): {error}") from None
+    if not isinstance(private, ed25519.Ed25519PrivateKey):
+        raise ValueError(f"{key}: no Ed25519 key; `openssl genpkey -algorithm ed25519` makes one")
+    return private.sign
+
+
+def is_signed(content: bytes, signature: bytes, key: str) -> bool:
+    """Whether a signature of the content is by a public key (PEM file).
+
+    Raises: ValueError when the file is no such key.
+    """
+    serialization, ed25519, wrong = _cryptography()
+    try:
+        public = serialization.load_pem_public_key(Path(key).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: no public key that can be read (PEM): {error}") from None
+    if not isinstance(public, ed25519.Ed25519PublicKey):
+        raise ValueError(f"{key}: no Ed25519 key; `openssl pkey -pubout` makes the public one of a private one")
+    try:
+        public.verify(signature, content)
+    except wrong:
+        return False
+    return True
+
+
+def _cryptography() -> tuple[Any, Any, type[Exception]]:
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise ValueError("signatures need the package cryptography: pip install 'polyconcept[sign]'") from None
+    return serialization, ed25519, InvalidSignature

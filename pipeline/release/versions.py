@@ -1,0 +1,237 @@
+"""What people do with releases that are there: list, compare, promote, roll back, remove."""
+
+from __future__ import annotations
+
+import posixpath
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from pipeline.release.publish import (
+    ALIAS,
+    CANDIDATES,
+    MANIFEST,
+    VERSION,
+    alias_of,
+    manifest_of,
+    move_alias,
+    publish,
+    resolve,
+    verify,
+    version_of,
+    versions,
+)
+
+GRACE = 24 * 3600
+"""Seconds that something half-written is left alone: a publication may be at work on it."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """manifest: None when it was not published whole. aliases: that name it."""
+
+    name: str
+    manifest: dict[str, Any] | None
+    aliases: tuple[str, ...]
+
+
+def listed(destination: str) -> list[Version]:
+    """All versions of a folder or URL of releases, oldest first, half-written ones too."""
+    fs, root = _open(destination)
+    named = aliases(fs, root)
+    return [
+        Version(name, manifest_of(fs, root, name), tuple(a for a, version in named.items() if version == name))
+        for _, name in versions(fs, root)
+    ]
+
+
+def aliases(fs: AbstractFileSystem, root: str) -> dict[str, str]:
+    """Alias -> version. Raises: ValueError when one is damaged."""
+    try:
+        names = sorted(posixpath.basename(path) for path in fs.ls(root, detail=False))
+    except FileNotFoundError:
+        return {}
+    found = {n[:-5]: version_of(fs, root, n[:-5]) for n in names if n.endswith(".json") and ALIAS.fullmatch(n[:-5])}
+    return {alias: version for alias, version in found.items() if version}
+
+
+def read(release: str) -> dict[str, Any]:
+    """The manifest of a release, or of the latest or an alias.
+
+    Raises: ValueError when there is none.
+    """
+    place = resolve(release)
+    fs, root = url_to_fs(place)
+    manifest = manifest_of(fs, posixpath.dirname(root), posixpath.basename(root))
+    if manifest is None:
+        raise ValueError(f"{place}: no {MANIFEST}, or a damaged one; this version was not published whole")
+    return manifest
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
+    """Concepts `added`, `removed`, `changed` (trained anew) and `unchanged` from one manifest to another."""
+    before, after = (m.get("provenance", {}).get("concepts", {}) for m in (old, new))
+    both = sorted(before.keys() & after.keys())
+    return {
+        "added": sorted(after.keys() - before.keys()),
+        "removed": sorted(before.keys() - after.keys()),
+        "changed": [name for name in both if before[name]["training"] != after[name]["training"]],
+        "unchanged": [name for name in both if before[name]["training"] == after[name]["training"]],
+    }
+
+
+def diff(old: str, new: str) -> list[str]:
+    """What differs between two releases, in lines. Raises: ValueError when one of them is not there."""
+    before, after = read(old), read(new)
+    lines = []
+    found = changes(before, after)
+    measured = [m.get("provenance", {}).get("measures", {}).get("concepts", {}) for m in (before, after)]
+    for what in ("added", "removed", "changed", "unchanged"):
+        for name in found[what]:
+            sides = [side.get(name, {}) for side in measured]
+            values = [
+                f"{score} {sides[0][score]:.3f} -> {sides[1][score]:.3f}"
+                for score in sides[0]
+                if score in sides[1] and not score.endswith("_se") and score != "samples"
+            ]
+            lines.append(f"{what:9} {name:24} {', '.join(values)}".rstrip())
+    flat = [_flat({k: v for k, v in m.get("provenance", {}).items() if k in _COMPARED}) for m in (before, after)]
+    for key in sorted(flat[0].keys() | flat[1].keys()):
+        if flat[0].get(key) != flat[1].get(key):
+            lines.append(f"{key}: {flat[0].get(key)!r} -> {flat[1].get(key)!r}")
+    return lines
+
+
+_COMPARED = {"base", "corpus", "packages", "commit", "spec"}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots; lists count as values."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, entry in value.items() for k, v in _flat(entry, f"{key}.{name}" if key else name).items()}
+
+
+def promote(release: str, alias: str = "latest", *, public_key: str = "", signing_key: str = "") -> str:
+    """Let an alias name a version, or publish a candidate after all; its sums are recomputed first.
+
+    Args:
+        public_key: PEM file; a version must be signed by it. signing_key: PEM file; a candidate's manifest is signed.
+    Returns: the version.
+    Raises: ValueError when there is no such version, it is not whole or unchanged, or the alias cannot be a name.
+    """
+    if not ALIAS.fullmatch(alias):
+        raise ValueError(f"--alias {alias!r}: lower-case letters, digits, `-` and `_`, and not a version's name")
+    place = resolve(release)
+    above, _, version = place.rpartition("/")
+    destination, _, folder = above.rpartition("/")
+    is_candidate = folder == CANDIDATES
+    if not above or not (is_candidate or VERSION.fullmatch(version)):
+        raise ValueError(f"{release}: not a version; name one like RELEASES/v0002")
+    if problems := verify(place, "" if is_candidate else public_key):
+        raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot promoted")
+    if is_candidate:
+        if alias != "latest":
+            raise ValueError(f"--alias {alias!r}: a candidate becomes the latest release first")
+        with tempfile.TemporaryDirectory() as scratch:
+            return publish(fetch(place, Path(scratch)), destination, read(place)["provenance"], signing_key).version
+    fs, root = url_to_fs(above)
+    move_alias(fs, root, alias, {"version": version})
+    return version
+
+
+def fetch(place: str, into: Path) -> Path:
+    """Copy a version or candidate to a local folder of its name in `into`; returns that."""
+    fs, root = url_to_fs(place)
+    folder = into / posixpath.basename(root)
+    names = [path[len(root) + 1 :] for path in fs.find(root)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    fs.get([f"{root}/{name}" for name in names], [str(folder / name) for name in names])
+    return folder
+
+
+def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str, str]:
+    """Let an alias name the version before the one it names, or `to`, whose sums are recomputed first.
+
+    What is rolled back from is remembered in the alias, so that the same content is not released again by itself.
+
+    Returns: the versions from and to which it moved.
+    Raises: ValueError when there is no such alias or no whole version before, or its files have changed.
+    """
+    fs, root = _open(destination)
+    content = alias_of(fs, root, alias)
+    if not content:
+        raise ValueError(f"{destination}: no {alias}.json; nothing to roll back")
+    left = content["version"]
+    gone = [*content.get("rolled_back", []), left]
+    names = [name for _, name in versions(fs, root)]
+    before = [n for n in names if n not in gone and int(n[1:]) < int(left[1:]) and manifest_of(fs, root, n)]
+    target = to or (before[-1] if before else "")
+    if not target:
+        raise ValueError(f"{destination}: no whole version before {left}, which {alias} names")
+    if target not in names or target == left:
+        raise ValueError(f"{destination}: no other version {target!r}; there are {', '.join(names)}")
+    if problems := verify(f"{destination.rstrip('/')}/{target}"):
+        raise ValueError(
+            "\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to"
+        )
+    move_alias(fs, root, alias, {"version": target, "rolled_back": [v for v in gone if v != target]})
+    return left, target
+
+
+def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
+    """Remove all but the newest whole versions and candidates, what no alias names, and what was left half-written.
+
+    Half-written things are removed when nothing in them changed for a day. Returns what was (or is to be) removed.
+
+    Raises: ValueError when nothing was published there.
+    """
+    fs, root = _open(destination)
+    names = [name for _, name in versions(fs, root)]
+    if not names:
+        raise ValueError(f"{destination}: no releases here")
+    whole = [name for name in names if manifest_of(fs, root, name)]
+    kept = {*whole[-keep:], *aliases(fs, root).values()}
+    # numbers only grow: the newest folder stays, whole or not, or its number would be given again
+    removed = [n for n in whole if n not in kept]
+    removed += [n for n in names[:-1] if n not in whole and n not in kept and _is_old(fs, f"{root}/{n}")]
+    removed += [n for n in _children(fs, root) if n.startswith(".part-") and _is_old(fs, f"{root}/{n}")]
+    candidates = _children(fs, f"{root}/{CANDIDATES}")
+    dated = {c: manifest_of(fs, f"{root}/{CANDIDATES}", c) for c in candidates}
+    recent = sorted((c for c in candidates if dated[c]), key=lambda c: (dated[c] or {})["created"])[-keep:]
+    removed += [
+        f"{CANDIDATES}/{c}"
+        for c in candidates
+        if c not in recent and (dated[c] or _is_old(fs, f"{root}/{CANDIDATES}/{c}"))
+    ]
+    if not dry_run:
+        for name in removed:
+            if fs.exists(f"{root}/{name}/{MANIFEST}"):  # first: what is half removed is no release
+                fs.rm_file(f"{root}/{name}/{MANIFEST}")
+            fs.rm(f"{root}/{name}", recursive=True)
+    return removed
+
+
+def _open(destination: str) -> tuple[AbstractFileSystem, str]:
+    fs, root = url_to_fs(destination.rstrip("/"))
+    fs.invalidate_cache()
+    return fs, root
+
+
+def _children(fs: AbstractFileSystem, folder: str) -> list[str]:
+    try:
+        return sorted(posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def _is_old(fs: AbstractFileSystem, place: str) -> bool:
+    """Whether no file in it changed within the grace."""
+    files = fs.find(place) or [place]  # an empty folder
+    return all(time.time() - fs.modified(path).timestamp() > GRACE for path in files)

@@ -1,0 +1,217 @@
+"""Retraining: what a nightly cron runs, `python -m ray_jobs.retrain retrain.yaml`.
+
+Reads the concept catalogue, trains what is new or changed since the last release, merges all, and publishes if the gate
+passes. Its log is one JSON object a line on stderr; its exit code says how it ended (`Exit`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from pipeline.catalogue import read_catalogue
+from pipeline.gate import Verdict, baseline, judge, scores_of
+from pipeline.plan import Plan
+from pipeline.release.hub import push
+from pipeline.release.lease import Busy, lease
+from pipeline.release.publish import alias_of, keep_candidate, publish
+from pipeline.release.versions import Version, changes, listed
+from pipeline.spec import Concept, Retraining
+from pipeline.store import Store
+from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
+
+log = logging.getLogger("polyconcept.retrain")
+
+
+class Exit(enum.IntEnum):
+    """How a retraining ended."""
+
+    DONE = 0
+    """Released, or nothing changed."""
+    PARTIAL = 1
+    """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
+    BAD_INPUT = 2
+    """Bad input, or something failed; the message says what."""
+    REFUSED = 3
+    """The gate refused; the candidate is kept."""
+    BUSY = 4
+    """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """place: of the release that is the latest now, or of the refused candidate. left_out: why, a line a concept."""
+
+    exit: Exit
+    place: str
+    left_out: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+
+def retrain(asked: Retraining, wait: float = 0) -> Outcome:
+    """Bring the releases up to date with the catalogue, in a new version if anything changed and the gate passes.
+
+    wait: seconds to wait for another run at the same releases to end.
+
+    Raises: ValueError for bad input and failed stages; Busy when another run is at work or got in between.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        asked.check_places()
+    start = time.monotonic()
+    with lease(asked.release_url, asked.lease, wait) as held:
+        outcome = _retrain(asked, held.check)
+    log.info("end", extra={"exit": int(outcome.exit), "seconds": round(time.monotonic() - start, 1)})
+    return outcome
+
+
+def _retrain(asked: Retraining, check_lease: Any) -> Outcome:
+    destination = asked.release_url.rstrip("/")
+    concepts, left_out = _usable(asked)
+    store = Store(asked.store_url)
+    store.sweep()
+    plan, unusable = plan_usable(asked.with_concepts(concepts))
+    left_out |= unusable
+    latest, newest, rolled_back = _published(destination)
+    _log_comparison(plan, latest)
+
+    def unchanged(plan: Plan) -> bool:
+        """Whether this is released already: as the latest, or as what was rolled back from and is not wanted."""
+        same = newest is not None and _release_key(newest) == plan.stages[-1].key
+        return same and (newest == latest or (newest is not None and newest.name in rolled_back))
+
+    failed: list[str] = []
+    verdicts: list[Verdict] = []
+    if not unchanged(plan):
+        with _session(plan, store):
+            plan, failed = build(plan, store)
+            if not unchanged(plan):
+                wanted = {c.name for c in concepts} | set(left_out)
+                verdicts = _compare(asked, plan, store, destination, latest, wanted)
+    reasons = (*left_out.values(), *failed)
+    if unchanged(plan):
+        version = latest.name if latest else ""
+        log.info("nothing changed", extra={"latest": version, "rolled_back": newest != latest, "left_out": reasons})
+        _push(asked, f"{destination}/{version}")
+        return Outcome(_exit(reasons), f"{destination}/{version}", reasons)
+    for verdict in verdicts:
+        log.info("gate", extra=dataclasses.asdict(verdict))
+    facts = provenance(plan, store) | {"gate": [dataclasses.asdict(verdict) for verdict in verdicts]}
+    check_lease()
+    if _published(destination)[0] != latest:  # the gate compared with a release that is not the current one any more
+        raise Busy(f"{destination}: `latest` was moved during this run; nothing published")
+    last = plan.stages[-1]
+    folder = store.path(last.kind, last.key)
+    if not all(verdict.passed for verdict in verdicts):
+        place = _keep(plan, store, destination, facts)
+        log.error("refused", extra={"candidate": place, "refused_by": [str(v) for v in verdicts if not v.passed]})
+        return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
+    release = publish(folder, destination, facts, asked.publish.signing_key)
+    log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
+    write_results(plan, store, release.url)
+    _push(asked, release.url)
+    return Outcome(_exit(reasons), release.url, reasons, tuple(verdicts))
+
+
+def _push(asked: Retraining, release: str) -> None:
+    if asked.publish.hub:  # also when nothing changed: it may have failed last time
+        log.info("on the hub", extra={"place": push(release, asked.publish.hub)})
+
+
+def _usable(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
+    """The catalogue's concepts, and what is wrong with the others where they may be left out."""
+    concepts, problems = read_catalogue(asked)
+    if problems and not (asked.merge.partial and concepts):
+        raise ValueError("\n".join(problems.values()))
+    return concepts, problems
+
+
+def _published(destination: str) -> tuple[Version | None, Version | None, list[str]]:
+    """The latest release, the newest whole one, and those that were rolled back from."""
+    fs, root = url_to_fs(destination)
+    content = alias_of(fs, root)
+    whole = [version for version in listed(destination) if version.manifest]
+    latest = next((version for version in whole if version.name == content.get("version")), None)
+    if content and latest is None:
+        raise ValueError(
+            f"{destination}: latest.json names {content['version']}, which is not there whole; "
+            "`polyconcept release promote` another"
+        )
+    return latest, whole[-1] if whole else None, content.get("rolled_back", [])
+
+
+def _release_key(version: Version) -> str:
+    stages = (version.manifest or {})["provenance"].get("stages", {})
+    return next((key for name, key in stages.items() if name.startswith("release ")), "")
+
+
+def _log_comparison(plan: Plan, latest: Version | None) -> None:
+    trained = {name: {"training": s.key} for s in plan.of("train") for name in s.params["concepts"]}
+    found = changes((latest and latest.manifest) or {}, {"provenance": {"concepts": trained}})
+    counted = found | {"unchanged": len(found["unchanged"])}
+    log.info("compared", extra={"latest": latest.name if latest else None, **counted})
+
+
+def _compare(
+    asked: Retraining, plan: Plan, store: Store, destination: str, latest: Version | None, catalogue: set[str]
+) -> list[Verdict]:
+    if not latest or not latest.manifest:
+        return []
+    current = baseline(plan, latest.manifest, f"{destination}/{latest.name}", store)
+    if current.todo(store):
+        with ray_session():
+            if failed := run_stages(current, store):
+                raise StageFailed("\n".join(failed))
+    released = set(latest.manifest["provenance"]["concepts"])
+    missing = sorted((released & catalogue) - {c.name for c in plan.batch.concepts})
+    return judge(asked.gate, scores_of(plan, store), scores_of(current, store), missing)
+
+
+def _session(plan: Plan, store: Store) -> contextlib.AbstractContextManager[None]:
+    """One for all there is to compute; none if there is nothing."""
+    return ray_session() if plan.todo(store) else contextlib.nullcontext()
+
+
+def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> str:
+    """Keep a refused candidate with its report beside the releases, under the key of its content."""
+    last = plan.stages[-1]
+    report, _ = write_results(plan, store, f"{destination}/candidates/{last.key}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "candidate"
+        shutil.copytree(store.path(last.kind, last.key), folder)
+        shutil.copy(report, folder / "report.html")
+        return keep_candidate(folder, destination, last.key, facts)
+
+
+def _exit(left_out: Any) -> Exit:
+    return Exit.PARTIAL if left_out else Exit.DONE
+
+
+class JsonLines(logging.Formatter):
+    """A record as one JSON object: time, level, event, and what was given as `extra`."""
+
+    STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {key: value for key, value in vars(record).items() if key not in self.STANDARD}
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
+        return json.dumps(line, default=str)
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import main
+
+    main(["retrain", *sys.argv[1:]])

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.catalogue import read_catalogue
+from pipeline.miniature.world import concept_images
+from pipeline.plan import make_plan
+from pipeline.spec import Retraining
+
+
+def fill(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        concept_images("cat", "noto", 1, seed=len(name))[0].save(folder / name / "1.png")
+        (folder / name / "concept.yaml").write_text("class_word: cat\n")
+
+
+def asked(catalogue: str, **changes: object) -> Retraining:
+    return Retraining.model_validate({"name": "t", "catalogue": catalogue, **changes})
+
+
+def trainings(retraining: Retraining) -> dict[str, str]:
+    concepts, problems = read_catalogue(retraining)
+    assert not problems
+    return {stage.name: stage.key for stage in make_plan(retraining.with_concepts(concepts)).of("train")}
+
+
+def test_a_concept_stays_what_it_is_when_others_come_and_go(tmp_path: Path) -> None:
+    fill(tmp_path / "c", ("bob", "carol"))
+    before = trainings(asked(str(tmp_path / "c")))
+    fill(tmp_path / "c", ("alice",))
+    after = trainings(asked(str(tmp_path / "c")))
+    assert list(after) == ["alice", "bob", "carol"]
+    assert {name: after[name] for name in before} == before
+    (tmp_path / "c/bob/concept.yaml").unlink()
+    assert list(trainings(asked(str(tmp_path / "c")))) == ["alice", "carol"]
+
+
+def test_bad_cards_are_named_and_the_others_read(tmp_path: Path) -> None:
+    fill(tmp_path / "c", ("alice", "bob", "b ob"))
+    (tmp_path / "c/bob/concept.yaml").write_text("[1")
+    (tmp_path / "c/alice/concept.yaml").write_text("class_word: cat\ntraining: {steps: 7}\n")
+    concepts, problems = read_catalogue(asked(str(tmp_path / "c")))
+    assert [(c.name, c.token, c.training.steps) for c in concepts] == [("alice", "<alice>", 7)]
+    assert "not valid YAML" in problems["bob"] and "name: String should match pattern" in problems["b ob"]
+
+
+def test_two_concepts_with_one_token(tmp_path: Path) -> None:
+    fill(tmp_path / "c", ("alice", "bob"))
+    (tmp_path / "c/bob/concept.yaml").write_text("class_word: cat\ntoken: <alice>\n")
+    retraining = asked(str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="have the same token '<alice>'"):
+        retraining.with_concepts(read_catalogue(retraining)[0])
+
+
+def test_a_catalogue_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """It is copied to the output folder; keys that would lead elsewhere, and what is deeper, are left."""
+    fill(tmp_path / "c", ("alice", "bob"))
+    fs, root = fsspec.core.url_to_fs(bucket)
+    fs.put(f"{tmp_path}/c/", f"{root}/concepts/", recursive=True)
+    for key in ("../../evil.txt", "alice/..", "top.txt", "alice/deeper/2.png", r"alice/..\x.png"):
+        fs.pipe_file(f"{root}/concepts/{key}", b"x")
+    retraining = asked(f"{bucket}/concepts", output=str(tmp_path / "out"))
+    assert trainings(retraining) == trainings(asked(str(tmp_path / "c")))
+    copied = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert copied - {r"catalogue/alice/..\x.png"} == {
+        f"catalogue/{name}/{file}" for name in ("alice", "bob") for file in ("1.png", "concept.yaml")
+    }
+    fs.rm(f"{root}/concepts/bob", recursive=True)
+    assert list(trainings(retraining)) == ["alice"]
+    with pytest.raises(ValueError, match="no concept in it"):
+        read_catalogue(asked(f"{bucket}/nothing", output=str(tmp_path / "out")))

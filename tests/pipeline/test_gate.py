@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.gate import MEASURES, judge
+from pipeline.plan import Stage
+from pipeline.release.publish import publish
+from pipeline.spec import Gate
+from pipeline.stages import run_stage
+from pipeline.store import Store
+
+GATE = Gate(image=0.02, text=0.01)
+
+
+def table(image: float, text: float = 0.3, spread: float = 0.0, images: int = 16) -> pd.DataFrame:
+    noise = np.tile([-spread, spread], images // 2)
+    rows = {"prompt": "photo of a {}", "seed": np.arange(images), "image": image + noise, "text": text}
+    return pd.DataFrame(rows)
+
+
+def refused(new: dict, current: dict, missing: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    return [(v.measure, v.concept) for v in judge(GATE, new, current, list(missing)) if not v.passed]
+
+
+def test_every_measure_has_its_tolerance() -> None:
+    assert set(MEASURES) < set(Gate.model_fields)
+
+
+def test_a_fall_beyond_the_tolerance_is_refused() -> None:
+    current = {"a": table(0.7), "b": table(0.7)}
+    assert refused({"a": table(0.685), "b": table(0.9)}, current) == []
+    assert refused({"a": table(0.675), "b": table(0.9)}, current) == [("image", "a")]
+    # one concept's text may fall where the whole does not
+    assert refused({"a": table(0.7, text=0.285), "b": table(0.7, text=0.3)}, current) == []
+    assert refused({"a": table(0.7, text=0.26), "b": table(0.7, text=0.3)}, current) == [("text", "")]
+
+
+def test_the_interval_is_of_differences_image_by_image() -> None:
+    """What varies from image to image alike in both does not widen it; what varies between the two does."""
+    assert refused({"a": table(0.675, spread=0.3)}, {"a": table(0.7, spread=0.3)}) == [("image", "a")]
+    assert refused({"a": table(0.675, spread=0.3)}, {"a": table(0.7)}) == []
+    (image, text) = judge(GATE, {"a": table(0.675, spread=0.04)}, {"a": table(0.7)}, [])
+    assert image.change == pytest.approx(-0.025) and image.error == pytest.approx(0.04 * (16 / 15) ** 0.5 / 4)
+    assert (text.change, text.error, text.concept) == (0, 0, "")
+
+
+def test_what_is_in_one_release_only() -> None:
+    assert refused({"new": table(0.1, text=0.0), "a": table(0.7)}, {"a": table(0.7)}) == []
+    assert judge(GATE, {"new": table(0.1)}, {}, []) == []
+    assert refused({"a": table(0.7)}, {"a": table(0.7)}, missing=("b",)) == [("presence", "b")]
+    assert "could not be made again" in str(judge(GATE, {}, {}, ["b"])[0])
+
+
+def test_a_release_stands_in_for_a_lost_store(tmp_path: Path) -> None:
+    """Its weights are taken from the release, if they are what its manifest says."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/merged.safetensors").write_bytes(b"weights")
+    info = publish(tmp_path / "made", str(tmp_path / "releases"))
+    sha256 = info.manifest["files"]["merged.safetensors"]["sha256"]
+    store = Store(str(tmp_path / "store"))
+    folder = run_stage(Stage("released", "v0001", {"sha256": sha256}, places={"release": info.url}), store, print)
+    assert (folder / "merged.safetensors").read_bytes() == b"weights"
+    with pytest.raises(ValueError, match="not what its manifest says"):
+        run_stage(Stage("released", "v0001", {"sha256": "0" * 64}, places={"release": info.url}), store, print)
+    assert [p.name for p in store.local.glob("released/*")] == [folder.name]

@@ -1,0 +1,68 @@
+"""Releases on the Hugging Face hub, by the real client against a local stand-in for its HTTP API."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import Hub
+
+from pipeline.release.publish import publish
+
+PUSH = ["-m", "ray_jobs.cli", "publish"]
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+
+
+def push(release: str, repository: str, hub: Hub, token: str = Hub.token) -> tuple[int, str]:
+    """The command, in a process of its own: the client reads its endpoint when it is imported."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, *PUSH, release, f"hf://{repository}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_release_is_one_commit_and_a_tag(tmp_path: Path, hub: Hub) -> None:
+    releases = tmp_path / "releases"
+    for text in ("one", "two"):
+        folder = tmp_path / text
+        (folder / "comfyui").mkdir(parents=True)
+        (folder / "README.md").write_text(f"---\nlicense: other\n---\n{text}")
+        (folder / f"{text}.safetensors").write_bytes(text.encode() * 1000)
+        (folder / "comfyui" / "<new1>.safetensors").write_bytes(b"same")
+        publish(folder, str(releases))
+        code, said = push(str(releases), "ours/concepts", hub)
+        assert code == 0, said
+    repo = hub.repositories["ours/concepts"]
+    assert repo.commits == ["Release v0001", "Release v0002"]
+    for version, text in (("v0001", "one"), ("v0002", "two")):
+        expected = {
+            p.relative_to(releases / version).as_posix() for p in (releases / version).rglob("*") if p.is_file()
+        }
+        assert set(repo.tags[version]) == expected
+        assert repo.tags[version][f"{text}.safetensors"] == text.encode() * 1000
+    # again: it is there
+    code, said = push(str(releases / "v0001"), "ours/concepts", hub)
+    assert code == 0 and said == "it is at hf://ours/concepts@v0001\n"
+    assert len(repo.commits) == 2
+
+
+@pytest.mark.slow
+def test_what_is_refused(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/README.md").write_text("one")
+    url = publish(tmp_path / "one", str(tmp_path / "releases")).url
+    code, said = push(url, "ours/concepts", hub, token="hf_other")
+    assert code == 2 and "Invalid credentials" in said
+    Path(url, "README.md").write_text("two")
+    code, said = push(url, "ours/concepts", hub)
+    assert code == 2 and "README.md: changed" in said and "not pushed" in said
+    assert not hub.repositories["ours/concepts"].commits

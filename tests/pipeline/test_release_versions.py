@@ -1,0 +1,210 @@
+"""What is done with releases: listed, compared, promoted, rolled back, signed, removed; on disk and on S3."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.release import versions as module
+from pipeline.release.lease import Busy, lease
+from pipeline.release.publish import keep_candidate, publish, resolve, verify
+from pipeline.release.versions import diff, gc, listed, promote, read, rollback
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(params=["local", "s3"])
+def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "releases")
+    return f"{request.getfixturevalue('bucket')}/cats"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def folder(text: str) -> Path:
+        path = tmp_path / f"prepared-{text}"
+        (path / "comfyui").mkdir(parents=True, exist_ok=True)
+        (path / "README.md").write_text(text)
+        (path / "comfyui" / "<new1>.safetensors").write_bytes(text.encode() * 1000)
+        return path
+
+    return folder
+
+
+def facts(**trained: str) -> dict:
+    measures = {name: {"image": 0.5, "image_se": 0.1, "samples": 4} for name in trained}
+    return {"concepts": {n: {"training": key} for n, key in trained.items()}, "measures": {"concepts": measures}}
+
+
+def test_published_listed_compared(make: Make, destination: str) -> None:
+    publish(make("one"), destination, facts(cat="a", dog="b") | {"packages": {"torch": "1"}})
+    publish(make("two"), destination, facts(cat="a", dog="c", hen="d") | {"packages": {"torch": "2"}})
+    promote(f"{destination}/v0001", "production")
+    assert [(v.name, v.aliases) for v in listed(destination)] == [("v0001", ("production",)), ("v0002", ("latest",))]
+    assert resolve(f"{destination}/production") == f"{destination}/v0001"
+    assert read(f"{destination}/production")["version"] == "v0001"
+    assert verify(f"{destination}/production") == verify(destination) == []
+    assert diff(f"{destination}/production", destination) == [
+        "added     hen",
+        "changed   dog                      image 0.500 -> 0.500",
+        "unchanged cat                      image 0.500 -> 0.500",
+        "packages.torch: '1' -> '2'",
+    ]
+    for alias in ("v0003", "../x", "Latest", ""):
+        with pytest.raises(ValueError, match="--alias"):
+            promote(f"{destination}/v0001", alias)
+    with pytest.raises(ValueError, match="no release here"):
+        promote(f"{destination}/v0009")
+
+
+def test_rollback(make: Make, destination: str) -> None:
+    for text in ("one", "two", "three"):
+        publish(make(text), destination)
+    assert rollback(destination) == ("v0003", "v0002")
+    assert rollback(destination) == ("v0002", "v0001")
+    with pytest.raises(ValueError, match="no whole version before v0001"):
+        rollback(destination)
+    assert rollback(destination, to="v0003") == ("v0001", "v0003")
+    # what was rolled back from before is passed over
+    assert rollback(destination, to="v0002") == ("v0003", "v0002")
+    fs, root = fsspec.core.url_to_fs(destination)
+    fs.pipe_file(f"{root}/v0001/README.md", b"One")
+    with pytest.raises(ValueError, match="no whole version before"):
+        rollback(destination)
+    with pytest.raises(ValueError, match=r"v0001: README.md: changed(.|\n)*latest was not moved"):
+        rollback(destination, to="v0001")
+    with pytest.raises(ValueError, match=r"README.md: changed(.|\n)*not promoted"):
+        promote(f"{destination}/v0001")
+    assert resolve(destination) == f"{destination}/v0002"
+    # a new release starts anew
+    publish(make("four"), destination)
+    assert rollback(destination) == ("v0004", "v0003")
+
+
+def test_a_candidate_is_kept_and_may_be_promoted(make: Make, destination: str) -> None:
+    publish(make("one"), destination)
+    place = keep_candidate(make("two"), destination, "0a1b", {"gate": []})
+    assert verify(place) == [] and resolve(destination).endswith("v0001")
+    assert keep_candidate(make("two"), destination, "0a1b", {"gate": []}) == place
+    assert promote(place) == "v0002"
+    assert read(destination)["provenance"] == {"gate": []} and verify(destination) == []
+
+
+def test_gc(make: Make, destination: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("one", "two", "three", "four", "five"):
+        publish(make(text), destination)
+    promote(f"{destination}/v0002", "production")
+    for name in ("old", "new"):
+        keep_candidate(make(name), destination, name, {})
+        time.sleep(1.1)  # candidates are dated to the second
+    fs, root = fsspec.core.url_to_fs(destination)
+    fs.rm_file(f"{root}/v0003/manifest.json")  # as a killed publisher leaves it
+    assert gc(destination, keep=1, dry_run=True) == ["v0001", "v0004", "candidates/old"]
+    assert gc(destination, keep=1) == ["v0001", "v0004", "candidates/old"]
+    monkeypatch.setattr(module, "GRACE", -1)
+    assert gc(destination, keep=1) == ["v0003"]
+    assert [v.name for v in listed(destination)] == ["v0002", "v0005"]
+    assert verify(destination) == verify(f"{destination}/production") == []
+    assert gc(destination, keep=1) == []
+    with pytest.raises(ValueError, match="no releases here"):
+        gc(f"{destination}/elsewhere")
+
+
+def test_signed_releases(make: Make, destination: str, tmp_path: Path) -> None:
+    """By keys that openssl made; the signature is one that openssl accepts."""
+    for name in ("ours", "other"):
+        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
+        subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
+    ours, key = str(tmp_path / "ours.pub"), str(tmp_path / "ours.pem")
+    url = publish(make("one"), destination, signing_key=key).url
+    assert verify(url) == verify(url, ours) == []
+    assert "not by this key" in verify(url, str(tmp_path / "other.pub"))[0]
+    fs, root = fsspec.core.url_to_fs(url)
+    for name in ("manifest.json", "manifest.json.sig"):
+        fs.get_file(f"{root}/{name}", str(tmp_path / name))
+    check = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", ours, "-rawin", "-in", tmp_path / "manifest.json"]
+    subprocess.run([*check, "-sigfile", tmp_path / "manifest.json.sig"], check=True)
+    # a manifest that was changed with all its sums
+    manifest = json.loads(fs.cat_file(f"{root}/manifest.json")) | {"provenance": {"made_by": "someone else"}}
+    fs.pipe_file(f"{root}/manifest.json", json.dumps(manifest).encode())
+    assert verify(url) == [] and "manifest.json was changed" in verify(url, ours)[0]
+    unsigned = publish(make("two"), destination).url
+    assert verify(unsigned, ours) == ["manifest.json.sig: missing; the release is not signed"]
+    with pytest.raises(ValueError, match="not signed"):
+        promote(unsigned, "production", public_key=ours)
+    for wrong in (str(make("one") / "README.md"), str(tmp_path / "none")):
+        with pytest.raises(ValueError, match="no private key"):
+            publish(make("two"), destination, signing_key=wrong)
+        with pytest.raises(ValueError, match="no public key"):
+            verify(url, wrong)
+
+
+def test_a_lease_is_one_process_s(destination: str) -> None:
+    with lease(destination, 30) as held:
+        with pytest.raises(Busy, match="is at work here"), lease(destination, 30):
+            pass
+        held.check()
+    with lease(destination, 30) as again:  # given back: at once
+        again.check()
+    assert again.number == held.number + 1
+
+
+def test_a_dead_run_s_lease_runs_out(destination: str) -> None:
+    fs, root = fsspec.core.url_to_fs(destination)
+    fs.makedirs(f"{root}/.lease", exist_ok=True)
+    fs.pipe_file(f"{root}/.lease/000004.json", json.dumps({"holder": "a", "until": time.time() + 2}).encode())
+    with pytest.raises(Busy, match="a is at work"), lease(destination, 30):
+        pass
+    with lease(destination, 30, wait=10) as held:
+        assert held.number == 5
+        # another took over while this one slept
+        fs.pipe_file(f"{root}/.lease/000006.json", b"")
+        with pytest.raises(Busy, match="nothing published"):
+            held.check()
+    with pytest.raises(Busy), lease(destination, 30):  # empty: its process died, or is about to write
+        pass
+
+
+def test_a_living_run_keeps_its_lease(destination: str) -> None:
+    with lease(destination, 2) as held:
+        time.sleep(3)
+        held.check()
+
+
+def test_two_runs_find_an_expired_lease_at_once(destination: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes it between this one's look and its claim."""
+    from pipeline.release import lease as leases
+
+    create, raced = leases._create, []
+
+    def claimed_first(fs: fsspec.AbstractFileSystem, path: str, until: float) -> bool:
+        if not raced:
+            raced.append(True)
+            assert create(fs, path, until)
+        return create(fs, path, until)
+
+    monkeypatch.setattr(leases, "_create", claimed_first)
+    with pytest.raises(Busy), lease(destination, 30):
+        pass
+
+
+@pytest.mark.parametrize("destination", ["s3"], indirect=True)
+def test_two_publishers_on_s3_get_two_numbers(make: Make, destination: str) -> None:
+    """Two processes at once, on a server that takes an object only once."""
+    code = "import sys; from pathlib import Path; from pipeline.release.publish import publish\n"
+    code += "print(publish(Path(sys.argv[1]), sys.argv[2]).version)"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(make(text)), destination], stdout=subprocess.PIPE, text=True)
+        for text in ("one", "two", "three")
+    ]
+    versions = [process.communicate(timeout=120)[0].strip() for process in started]
+    # one may give a number back that another was already past
+    assert len(set(versions)) == 3 and "" not in versions
+    assert all(verify(f"{destination}/{version}") == [] for version in versions)

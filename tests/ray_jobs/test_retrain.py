@@ -1,0 +1,233 @@
+"""Retraining, night after night: real Ray, the real miniature, a folder of releases."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.miniature.world import concept_images
+from pipeline.release.publish import verify
+from ray_jobs import cli
+
+CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
+
+
+def draw_images(folder: Path, concept: str, seed: int) -> None:
+    for i, image in enumerate(concept_images(*CONCEPTS[concept], 2, seed=seed)):
+        image.save(folder / concept / f"{i}.png")
+
+
+@pytest.fixture
+def catalogue(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "catalogue"
+    for name, (class_word, _) in CONCEPTS.items():
+        (folder / name).mkdir(parents=True)
+        draw_images(folder, name, seed=1)
+        (folder / name / "concept.yaml").write_text(f"class_word: {class_word}\n")
+    settings = {
+        "name": "nightly",
+        "catalogue": "catalogue",
+        "lease": 10,
+        "training": {"steps": 3, "batch_size": 2, "views": 4, "learning_rate": 1e-4, "regularization": "none"},
+        "evaluation": {"samples": 4, "steps": 4, "guidance": 3.0},
+        "publish": {"license": "apache-2.0", "made_by": "tests"},
+    }
+    (tmp_path / "retrain.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, list[dict], str]:
+    """Exit code, stdout, the log's records, the other lines of stderr."""
+    try:
+        cli.main(list(arguments))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    lines = err.splitlines()
+    log = [json.loads(line) for line in lines if line.startswith("{")]
+    return code, out, log, "\n".join(line for line in lines if not line.startswith("{"))
+
+
+def events(log: list[dict], name: str) -> list[dict]:
+    return [record for record in log if record["event"] == name]
+
+
+@pytest.mark.slow
+def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
+    releases = tmp_path / "runs/nightly/releases"
+    store = tmp_path / "runs/nightly/store"
+
+    def trained() -> set[str]:
+        return {p.parent.name for p in store.glob("train/*/manifest.json")}
+
+    def latest() -> str:
+        return json.loads((releases / "latest.json").read_text())["version"]
+
+    # 1: the first release
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0, err
+    assert out.endswith("releases/v0001\n")
+    assert events(log, "compared")[0]["added"] == ["flat-turtle", "outlined-cat"]
+    assert not events(log, "gate")
+    first = trained()
+    assert len(first) == 2
+    manifest = json.loads((releases / "v0001/manifest.json").read_text())
+    facts = manifest["provenance"]
+    assert facts["concepts"]["outlined-cat"]["token"] == "<outlined-cat>"
+    assert {entry["training"] for entry in facts["concepts"].values()} == first
+    assert facts["made_by"] == "tests" and len(facts["base"]["digest"]) == 16 and facts["packages"]["torch"]
+    assert set(facts["measures"]["concepts"]) == set(CONCEPTS) and 0 < facts["measures"]["overall"]["text"] < 1
+    card = (releases / "v0001/README.md").read_text()
+    assert "license: apache-2.0" in card and "samples.png" in card and "load_lora_weights" in card
+
+    # 2: nothing changed: no Ray, no release
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+        start = time.monotonic()
+        code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+        assert code == 0 and events(log, "nothing changed"), err
+        assert time.monotonic() - start < 10
+    assert sorted(p.name for p in releases.glob("v*")) == ["v0001"]
+
+    # 3: one concept's images changed: it alone is trained; concepts are compared on the same prompts and seeds
+    draw_images(catalogue, "flat-turtle", seed=2)
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0, err
+    assert out.endswith("releases/v0002\n") and latest() == "v0002"
+    compared = events(log, "compared")[0]
+    assert (compared["changed"], compared["unchanged"], compared["removed"]) == (["flat-turtle"], 1, [])
+    third = trained()
+    assert len(third - first) == 1
+    assert {(r["measure"], r["concept"]) for r in events(log, "gate")} == {
+        ("image", "flat-turtle"),
+        ("image", "outlined-cat"),
+        ("text", ""),
+    }
+    code, out, _, _ = run("release", "diff", f"{releases}/v0001", str(releases), capsys=capsys)
+    assert "changed   flat-turtle" in out and "unchanged outlined-cat" in out
+
+    # 4: a concept spoiled on purpose: the gate refuses, `latest` stays, the candidate is kept with its report
+    (catalogue / "flat-turtle/concept.yaml").write_text(
+        "class_word: turtle\ntraining: {learning_rate: 0.1, steps: 12}\n"
+    )
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 3, (out, err, log)
+    assert "refused: " in err and events(log, "refused")[0]["level"] == "error"
+    assert latest() == "v0002" and sorted(p.name for p in releases.glob("v*")) == ["v0001", "v0002"]
+    (candidate,) = (releases / "candidates").iterdir()
+    assert verify(str(candidate)) == [] and (candidate / "report.html").stat().st_size > 10_000
+    gate = json.loads((candidate / "manifest.json").read_text())["provenance"]["gate"]
+    assert [v["passed"] for v in gate].count(False) >= 1
+    # again: refused from what is in the store, nothing is computed
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+        assert run("retrain", "retrain.yaml", capsys=capsys)[0] == 3
+    assert list((releases / "candidates").iterdir()) == [candidate]
+
+    # 5: the concept is mended, but people want the first release back: it stays until something changes
+    (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\n")
+    code, out, _, err = run("release", "rollback", str(releases), capsys=capsys)
+    assert (code, out) == (0, "latest is v0001, was v0002\n"), err
+    code, out, log, _ = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0 and events(log, "nothing changed")[0]["rolled_back"] is True
+    assert latest() == "v0001"
+    assert run("release", "promote", f"{releases}/v0002", capsys=capsys)[1] == "latest is v0002\n"
+    # after all: what the gate refused is what people want
+    assert run("release", "promote", str(candidate), capsys=capsys)[1] == "latest is v0003\n"
+    assert verify(str(releases)) == []
+    code, out, _, _ = run("release", "list", str(releases), capsys=capsys)
+    assert [line.split()[0] for line in out.splitlines()] == ["v0001", "v0002", "v0003"] and out.endswith("latest\n")
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.release import publish
+from ray_jobs.cli import main
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where = sys.argv[1]
+if where == "files":
+    copied = publish._changed  # the files are there, the manifest is not
+    publish._changed = killed
+else:
+    publish.move_alias = killed  # the version is there, `latest` has not moved
+main(["retrain", "retrain.yaml", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_publishing(catalogue, tmp_path, capsys):
+    """SIGKILL at both ends of a publication: the store is whole, and the next run, once the dead one's lease has run
+    out, publishes what was made, as version 1."""
+    releases = tmp_path / "runs/nightly/releases"
+    (catalogue / "outlined-cat/concept.yaml").unlink()  # no concept yet
+
+    def killed_at(where: str, *options: str) -> None:
+        done = subprocess.run([sys.executable, "-c", KILLED, where, *options], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    killed_at("files")
+    assert not list(releases.glob("v*")) and not (releases / "latest.json").exists()
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/nightly/store").rglob("manifest.json")}
+    # the dead run's lease still stands
+    code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+    if code != 4:
+        pytest.fail(err)
+    assert "is at work here" in err
+    killed_at("alias", "--wait", "1")
+    assert verify(f"{releases}/v0001") == [] and not (releases / "latest.json").exists()
+    code, out, _, err = run("retrain", "retrain.yaml", "--wait", "1", capsys=capsys)
+    assert code == 0 and out.endswith("v0001\n"), err
+    assert sorted(p.name for p in releases.glob("v*")) == ["v0001"]
+    assert json.loads((releases / "latest.json").read_text()) == {"version": "v0001"}
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/nightly/store").rglob("manifest.json")} == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"catalogue": "nowhere"}, "nowhere: no such folder"),
+        ({"catalog": "x"}, "catalog: unknown key; did you mean 'catalogue'?"),
+        ({"concepts": []}, "a retraining has its concepts in the folders of its `catalogue`"),
+        ({"gate": {"text": -1}}, "gate.text: Input should be greater than or equal to 0"),
+        ({"evaluation": {"samples": 1}}, "at least 2 images a prompt"),
+    ],
+)
+def test_bad_input(catalogue, tmp_path, capsys, change, message):
+    path = tmp_path / "retrain.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 2 and message in err
+
+
+def test_a_bad_concept_is_named(catalogue, tmp_path, capsys):
+    (catalogue / "flat-turtle/concept.yaml").write_text("class_wrod: turtle\n")
+    code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 2 and "flat-turtle/concept.yaml: class_wrod: unknown key; did you mean 'class_word'?" in err
+    (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\nname: turtle\n")
+    assert "name: given by the folder" in run("retrain", "retrain.yaml", capsys=capsys)[3]
+    for name in CONCEPTS:
+        (catalogue / name / "concept.yaml").unlink()
+    assert "no concept in it" in run("retrain", "retrain.yaml", capsys=capsys)[3]
+
+
+def test_two_runs_at_once(catalogue, tmp_path, capsys):
+    """A living run renews its lease, so that the second leaves however long the first takes."""
+    from pipeline.release.lease import lease
+
+    with lease(str(tmp_path / "runs/nightly/releases"), seconds=5):
+        code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 4 and f"process {os.getpid()} is at work here" in err
