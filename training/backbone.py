@@ -18,11 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from transformers import AutoTokenizer
 
-from training.methods.method import UNetPart
-
-RARE_WORDS = ("pll", "ucd", "ktn")
-"""Rarely used tokens that new rows start from, in turn, and that DreamBooth's concepts go by (the Custom Diffusion
-authors' list begins ktn+pll+ucd; small vocabularies have no ktn, so it comes last)."""
+from training.methods.method import RARE_WORDS, UNetPart
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,11 @@ def train(
         ValueError: tokens or initialisers the tokenizer does not allow; members that cannot share a pack; a member of
             which nothing trains.
     """
-    kinds = {(m.settings.batch_size, m.concepts[0].regularization is None) for m in members}
-    if len(kinds | {(m.method, m.settings.train_text_encoder) for m in members}) > 2:
+    alike = {
+        (m.method, m.settings.train_text_encoder, m.settings.batch_size, m.concepts[0].regularization is None)
+        for m in members
+    }
+    if len(alike) > 1:
         raise ValueError("members of a pack need one method, one batch size, and all regularisation images or none")
     method, text_encoder = members[0].method, members[0].settings.train_text_encoder
     names = backbone.trained(method.unet, text_encoder=text_encoder)

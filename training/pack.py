@@ -90,7 +90,8 @@ Layers = dict[str, StackedLinear | InPlace]
 def trained_layers(backbone: Backbone, names: Sequence[str], *, detached_start: bool) -> Iterator[Layers]:
     """Inside the block, what trains stands in the backbone: the text K/V layers among `names` as `StackedLinear`s when
     begin-of-text is detached, everything else in place. Afterwards the backbone has its own parameters again."""
-    stacked = {name: StackedLinear(backbone.layers[name]) for name in names if detached_start and name in backbone.layers}
+    stackable = [name for name in names if detached_start and name in backbone.layers]
+    stacked = {name: StackedLinear(backbone.layers[name]) for name in stackable}
     in_place: dict[str, InPlace] = {}
     try:
         for name, layer in stacked.items():

@@ -16,8 +16,8 @@ from training.checkpoint import load_tensors, save_tensors
 class ConceptWeights:
     """The change that training made to a frozen backbone.
 
-    deltas: name of a parameter (`Backbone.parameters`; a text K/V layer's name stands for its weight) -> W - W_0, of its
-        shape, float32; float16 in a release. All that the method trains, so empty where only tokens were made.
+    deltas: name of a parameter (`Backbone.parameters`; a layer's name stands for its weight) -> W - W_0, of its shape,
+        float32; float16 in a release. Of all that the method trains, so empty where only tokens were made.
     tokens: new token -> its embedding rows, one per text encoder, each (width,) float32.
     metadata: where they came from (base digest, method, concept names, class words, steps, losses), JSON values.
     """

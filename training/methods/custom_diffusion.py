@@ -1,4 +1,4 @@
-"""Custom Diffusion (Kumari et al., CVPR 2023) and the paper's wider ablations: 250 steps, 200 real images, 1e-5 a sample.
+"""Custom Diffusion (Kumari et al., CVPR 2023) and its wider forms: 250 steps, 200 real images, 1e-5 a sample.
 
 As in the authors' trainer, keys and values of begin-of-text, the same for every prompt, are detached in all forms.
 """

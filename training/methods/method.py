@@ -8,6 +8,10 @@ from typing import Literal
 UNetPart = Literal["none", "text_kv", "cross_attention", "all"]
 """Parts of a UNet, found by what they are: `training.backbone.unet_parameters`."""
 
+RARE_WORDS = ("pll", "ucd", "ktn")
+"""Rarely used tokens that new rows start from, in turn, and that DreamBooth's concepts go by (the Custom Diffusion
+authors' list begins ktn+pll+ucd; small vocabularies have no ktn, so it comes last)."""
+
 
 @dataclass(frozen=True)
 class Method:
