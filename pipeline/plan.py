@@ -183,10 +183,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 ),
             )
         elif training.regularization == "generated":
-            generated = _generated_stage(batch, concept, base)
-            if generated.key not in {s.key for s in stages}:
-                add(generated)
-            inputs = (generated,)
+            inputs = (add(_generated_stage(batch, concept, base)),)
         features[concept.name] = add(
             Stage(
                 "features",
@@ -294,11 +291,11 @@ def _kept_stage(trained: list[Stage]) -> Stage:
 
 
 def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
-    """Regularisation images that the base draws itself; concepts of one class share them."""
+    """Regularisation images that the base draws itself; concepts of one class have one key, so they are drawn once."""
     prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
     return Stage(
         "generated",
-        prompt,
+        concept.name,
         base
         | {"prompt": prompt, "images": batch.retrieval.images, "seed": batch.training.seed}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),

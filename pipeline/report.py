@@ -134,8 +134,8 @@ def _figures(stages: dict[str, Stage], plan: Plan, store: Store) -> dict[str, An
 
 
 def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet | None:
-    for features in plan.of("features"):
-        for stage in features.inputs if features.name == concept else ():
+    for stage in (*plan.of("regularization"), *plan.of("generated")):
+        if stage.name == concept:
             return regularization_set(store.path(stage.kind, stage.key))
     return None
 

@@ -106,7 +106,7 @@ def test_loaded_weights_draw_the_same(backbone, concepts, settings, tmp_path, me
 
 
 @pytest.mark.parametrize("method", ["custom_diffusion_all", "dreambooth", "textual_inversion"])
-def test_resumed_is_uninterrupted(backbone, same_weights, concepts, settings, tmp_path, method):
+def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path, method):
     """Convolutions too, whose memory format a checkpoint does not keep."""
     encoder = {"train_text_encoder": True} if method == "dreambooth" else {}
     whole = _member(concepts, settings, tmp_path / "whole", method, checkpoint_every=1, **encoder)
