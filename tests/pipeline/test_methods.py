@@ -69,7 +69,8 @@ PROGRAM = """
 import sys, torch
 {code}
 pipe.set_progress_bar_config(disable=True)
-image = pipe({prompt!r}, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images[0]
+seeded = torch.Generator().manual_seed(0)
+image = pipe({prompt!r}, num_inference_steps=2, guidance_scale=3.0, generator=seeded).images[0]
 image.save({out!r})
 assert not [m for m in sys.modules if m.split(".")[0] in ("pipeline", "training", "retrieval", "ray_jobs")]
 """
