@@ -79,7 +79,7 @@ def members(
         checkpoint_every=10**9,
         sample_every=10**9,
     )
-    prior = RegularizationFeatures(torch.randn(16, *latent), TextFeatures(torch.randn(16, *text)))
+    prior = RegularizationFeatures(torch.randn(16, *latent), TextFeatures(torch.randn(16, *text)), [""] * 16)
     made = []
     for i in range(count):
         features = ConceptFeatures(torch.randn(8, *latent), torch.ones(8, 1, *latent[1:]), [""] * 8)

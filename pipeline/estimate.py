@@ -23,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.plan import Plan, Stage
 from training.attention import training_dtype, use_attention
-from training.backbone import local_model, text_kv_layers
+from training.backbone import local_model, short_name, unet_parameters
+from training.methods import METHODS
+from training.methods.method import UNetPart
 
 REACHED = 0.35
 """Share of the matrix product's speed that UNet and autoencoder reach, measured on 2 CPU cores with the miniature."""
@@ -48,14 +50,16 @@ TRAINED_BYTES = 16
 class ModelSize:
     """A base model in numbers, counted from its shapes.
 
-    unet_flops: of one forward pass of one sample. vae_flops: of encoding one image. parameters: of all parts. trained:
-    of the text K/V matrices. kept_bytes: what one sample of a training step keeps for the backward pass, float32.
+    unet_flops: of one forward pass of one sample. vae_flops: of encoding one image. parameters: of all parts.
+    trained: of what a method trains, without its token rows. trained_share: how much of the UNet trains.
+    kept_bytes: what one sample of a training step keeps for the backward pass, float32.
     """
 
     unet_flops: float
     vae_flops: float
     parameters: int
     trained: int
+    trained_share: float
     kept_bytes: float
     text_width: int
     latent_numbers: int
@@ -66,18 +70,21 @@ class ModelSize:
 
 def estimates(plan: Plan) -> dict[str, Estimate]:
     """Stage key -> estimate, for each stage of the plan; a training's is that of a pack of its own."""
-    model, speed = model_size(plan.batch.base_path), _device_speed()
+    model, speed = _size_of(plan), _device_speed()
     return {stage.key: _estimate(stage, plan, model, speed) for stage in plan}
 
 
 def pack_bytes(plan: Plan, members: int) -> float:
     """Peak memory, bytes, of a process (on the CPU) or device that trains so many sets of weights as one pack."""
-    return _pack_bytes(plan, model_size(plan.batch.base_path), members)
+    return _pack_bytes(plan, _size_of(plan), members)
 
 
 def pack_size(plan: Plan, memory: float) -> int:
-    """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free."""
-    model = model_size(plan.batch.base_path)
+    """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free. Always 1
+    where the method does not train in packs."""
+    if not METHODS[plan.batch.training.method].mergeable:
+        return 1
+    model = _size_of(plan)
     alone, each = _pack_bytes(plan, model, 1), _pack_bytes(plan, model, 2) - _pack_bytes(plan, model, 1)
     return max(1, 1 + int((0.9 * memory - alone) // each))
 
@@ -85,7 +92,7 @@ def pack_size(plan: Plan, memory: float) -> int:
 def _pack_bytes(plan: Plan, model: ModelSize, members: int) -> float:
     settings = plan.batch.training
     width = 2 if training_dtype(settings.precision) == torch.bfloat16 else 4
-    samples = settings.batch_size * (2 if settings.regularization == "real" else 1)
+    samples = settings.batch_size * (1 if settings.regularization == "none" else 2)
     each = model.trained * TRAINED_BYTES + samples * model.kept_bytes * width / 4
     process = 0 if torch.cuda.is_available() else PROCESS
     return process + model.parameters * width + members * each
@@ -98,10 +105,14 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estim
         return Estimate(views * model.vae_flops / speed, resident)
     if stage.kind == "train":
         settings = stage.params["training"]
-        samples = settings["batch_size"] * (2 if settings["regularization"] == "real" else 1)
-        # forward, and backward for the activations; K/V gradients are small beside
-        seconds = settings["steps"] * samples * 2 * model.unet_flops / speed
+        samples = settings["batch_size"] * (1 if settings["regularization"] == "none" else 2)
+        # forward, backward for the activations, and for what trains
+        passes = 2 + model.trained_share
+        seconds = settings["steps"] * samples * passes * model.unet_flops / speed
         return Estimate(seconds, _pack_bytes(plan, model, 1) / 2**30)
+    if stage.kind == "generated":
+        drawn = stage.params["images"] * stage.params["steps"]
+        return Estimate(drawn * 2 * model.unet_flops / speed, resident)
     if stage.kind == "evaluate":
         settings = stage.params["evaluation"]
         images = len(stage.params["prompts"]) * settings["samples"]
@@ -111,13 +122,21 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estim
     return Estimate(None, None)
 
 
-def model_size(base: str) -> ModelSize:
-    """Count a base model: a diffusers folder or hub name. Raises: ValueError when there is no such model."""
-    return _measure(local_model(base))
+def model_size(base: str, method: str = "custom_diffusion", *, train_text_encoder: bool = False) -> ModelSize:
+    """Count a base model (a diffusers folder or hub name) in the hands of a method.
+
+    Raises: ValueError when there is no such model.
+    """
+    return _measure(local_model(base), METHODS[method].unet, train_text_encoder)
 
 
-@functools.lru_cache(maxsize=2)
-def _measure(folder: Path) -> ModelSize:
+def _size_of(plan: Plan) -> ModelSize:
+    training = plan.batch.training
+    return model_size(plan.batch.base_path, training.method, train_text_encoder=training.train_text_encoder)
+
+
+@functools.lru_cache(maxsize=4)
+def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSize:
     def config(part: str) -> dict[str, Any]:
         return json.loads((folder / part / "config.json").read_text())
 
@@ -133,9 +152,9 @@ def _measure(folder: Path) -> ModelSize:
         added = None
         if unet.config.addition_embed_type == "text_time":
             added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        trained = text_kv_layers(unet)
-        for layer in trained.values():
-            layer.weight.requires_grad_()
+        names = set(unet_parameters(unet, part))
+        trained = [p.requires_grad_() for name, p in unet.named_parameters() if short_name(name) in names]
+        text = torch.empty(1, 77, width, requires_grad=not trained)  # else they keep more than its gradient needs
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         kept: dict[int, int] = {}
 
@@ -149,16 +168,19 @@ def _measure(folder: Path) -> ModelSize:
             FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            prediction = unet(latents, torch.ones(1), torch.empty(1, 77, width), added_cond_kwargs=added).sample
+            prediction = unet(latents, torch.ones(1), text, added_cond_kwargs=added).sample
         del prediction
         pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
         with FlopCounterMode(display=False, custom_mapping=fused_attention) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
+    matrices = sum(p.numel() for p in trained)
+    encoders = [file for name in PARTS[2:] for file in (folder / name).glob("*.safetensors")]
     return ModelSize(
         unet_count.get_total_flops(),
         vae_count.get_total_flops(),
-        sum(_numbers(file) for part in PARTS for file in (folder / part).glob("*.safetensors")),
-        sum(layer.weight.numel() for layer in trained.values()),
+        sum(_numbers(file) for name in PARTS for file in (folder / name).glob("*.safetensors")),
+        matrices + (sum(_numbers(file, tables=False) for file in encoders) if train_text_encoder else 0),
+        matrices / sum(p.numel() for p in unet.parameters()),
         sum(kept.values()),
         width,
         latents.numel(),
@@ -166,9 +188,11 @@ def _measure(folder: Path) -> ModelSize:
     )
 
 
-def _numbers(file: Path) -> int:
+def _numbers(file: Path, *, tables: bool = True) -> int:
+    """How many a file holds; without those of embedding tables, which no method trains."""
     with safe_open(file, framework="pt") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        names = [name for name in weights.keys() if tables or "_embedding" not in name]  # noqa: SIM118 (a file)
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def _device_speed() -> float:

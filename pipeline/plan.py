@@ -18,15 +18,17 @@ from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
 from retrieval.corpus import corpus_digest, precomputed, read_corpus
-from training.backbone import base_digest, check_base
+from training.backbone import Base, base_digest, check_base
 from training.images import load_images
+from training.methods import METHODS
 
 VERSIONS = {
     "index": 1,
     "candidates": 1,
     "regularization": 1,
-    "features": 1,
-    "train": 2,
+    "generated": 1,
+    "features": 2,
+    "train": 3,
     "constraints": 1,
     "sums": 1,
     "merge": 2,
@@ -83,7 +85,8 @@ class Plan:
         return [stage for stage in self.stages if stage.kind == kind]
 
     def evaluations(self) -> dict[str, dict[str, Stage]]:
-        """Concept -> model (`base`, `single`, `merged_full`, `merged`) -> its stage."""
+        """Concept -> model (`base`, `single`, `merged_full` where the merge has exact factors, `merged`: what is
+        released) -> its stage."""
         found: dict[str, dict[str, Stage]] = {}
         for stage in self.of("evaluate"):
             found.setdefault(stage.params["concept"], {})[stage.params["model"]] = stage
@@ -101,11 +104,12 @@ def make_plan(batch: ConceptBatch) -> Plan:
 
     Raises: ValueError naming what is missing or cannot be used; UnusableConcepts when it is only some concepts' images.
     """
-    shape = check_base(
-        batch.base_path,
-        [c.token for c in batch.concepts],
-        [_initializer(c) for c in batch.concepts],
-    )
+    retrieval, training = batch.retrieval, batch.training
+    method = METHODS[training.method]
+    named = [c for c in batch.concepts if c.token]
+    taught = named if method.token == "new" else []
+    rare = [c.token for c in named] if method.token == "rare" else []
+    shape = check_base(batch.base_path, [c.token for c in taught], [_initializer(c) for c in taught], rare)
     base = {"base": base_digest(batch.base_path)}
     notes: list[str] = []
     stages: list[Stage] = []
@@ -127,12 +131,10 @@ def make_plan(batch: ConceptBatch) -> Plan:
     if problems:
         raise UnusableConcepts(problems)
 
-    use_regularization = batch.training.regularization == "real"
-    retrieval, training = batch.retrieval, batch.training
     index = None
     blocked = _lines(retrieval.block_list)
     clip = {"clip": clip_digest(clip_path(retrieval.clip))}
-    if use_regularization:
+    if training.regularization == "real":
         index = add(
             Stage(
                 "index",
@@ -181,6 +183,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
                     )
                 ),
             )
+        elif training.regularization == "generated":
+            inputs = (add(_generated_stage(batch, concept, base)),)
         features[concept.name] = add(
             Stage(
                 "features",
@@ -193,35 +197,9 @@ def make_plan(batch: ConceptBatch) -> Plan:
             )
         )
 
-    groups = [list(batch.concepts)] if training.method == "joint" else [[c] for c in batch.concepts]
+    groups = [list(batch.concepts)] if training.composition == "joint" else [[c] for c in batch.concepts]
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
-    constraints = [
-        add(Stage("constraints", t.name, {"prompts": list(batch.merge.prompts)}, (t,), {"base": batch.base_path}))
-        for t in trained
-    ]
-    rows = sum(row_count(shape.tokenizer, batch.merge.prompts, c.class_word) for c in batch.concepts)
-    sums: list[Stage] = []
-    if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
-        if batch.merge.form == "hard":
-            raise ValueError(
-                f"merge.form: {len(batch.concepts)} concepts make {rows} constraint rows, but text features "
-                f"{shape.text_width} wide can meet at most {shape.text_width} exactly; use 'auto' or 'soft', or fewer "
-                "concepts or constraint prompts"
-            )
-        sums = [
-            add(Stage("sums", f"{SUMMED} from {i}", {}, tuple(constraints[i : i + SUMMED])))
-            for i in range(0, len(constraints), SUMMED)
-        ]
-    regularization = tuple(s for s in stages if s.kind == "regularization")
-    merged = add(
-        Stage(
-            "merge",
-            "all concepts",
-            {"merge": batch.merge.model_dump(exclude={"partial", "prompts"}), "compress": batch.compress.model_dump()},
-            (*(trained if len(trained) == 1 else ()), *constraints, *sums, *regularization),
-            {"base": batch.base_path},
-        )
-    )
+    merged = add(_kept_stage(trained)) if method.unet != "text_kv" else _add_merge(batch, trained, shape, stages)
     judges = base | {
         "clip": clip_digest(clip_path(batch.evaluation.clip)),
         "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
@@ -235,6 +213,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
             ("merged_full", (merged,)),
             ("merged", (merged,)),
         )
+        if model != "merged_full" or method.unet == "text_kv"
     ]
     add(
         Stage(
@@ -277,11 +256,60 @@ _PLACES: dict[str, Any] = {
 """What of a batch says where or how, not what: no part of a release."""
 
 
+def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: list[Stage]) -> Stage:
+    """Lay out the merge of trained text K/V layers, its constraints and sums; returns the stage of the merge."""
+    prompts = {"prompts": list(batch.merge.prompts)}
+    constraints = [Stage("constraints", t.name, prompts, (t,), {"base": batch.base_path}) for t in trained]
+    rows = sum(row_count(shape.tokenizer, batch.merge.prompts, c.class_word) for c in batch.concepts)
+    sums: list[Stage] = []
+    if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
+        if batch.merge.form == "hard":
+            raise ValueError(
+                f"merge.form: {len(batch.concepts)} concepts make {rows} constraint rows, but text features "
+                f"{shape.text_width} wide can meet at most {shape.text_width} exactly; use 'auto' or 'soft', or fewer "
+                "concepts or constraint prompts"
+            )
+        sums = [
+            Stage("sums", f"{SUMMED} from {i}", {}, tuple(constraints[i : i + SUMMED]))
+            for i in range(0, len(constraints), SUMMED)
+        ]
+    regularization = tuple(s for s in stages if s.kind == "regularization")
+    merged = Stage(
+        "merge",
+        "all concepts",
+        {"merge": batch.merge.model_dump(exclude={"partial", "prompts"}), "compress": batch.compress.model_dump()},
+        (*(trained if len(trained) == 1 else ()), *constraints, *sums, *regularization),
+        {"base": batch.base_path},
+    )
+    stages += [*constraints, *sums, merged]
+    return merged
+
+
+def _kept_stage(trained: list[Stage]) -> Stage:
+    """In the merge's place where changes are of more than text K/V layers, or of tokens only: the weights as they are,
+    in float16."""
+    return Stage("merge", "all concepts", {}, tuple(trained))
+
+
+def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
+    """Regularisation images that the base draws itself; concepts of one class have one key, so they are drawn once."""
+    prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
+    return Stage(
+        "generated",
+        concept.name,
+        base
+        | {"prompt": prompt, "images": batch.retrieval.images, "seed": batch.training.seed}
+        | batch.evaluation.model_dump(include={"steps", "guidance"}),
+        (),
+        {"base": batch.base_path, "attention": batch.training.attention},
+    )
+
+
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
-    settings = batch.training.model_dump(exclude={"method", "augment", "views", *_HOW})
+    settings = batch.training.model_dump(exclude={"composition", "augment", "views", *_HOW})
     if len(group) == 1:
         settings |= group[0].training.model_dump(exclude_none=True)
-    settings["steps"] = settings["steps"] or 250 * len(group)
+    settings["steps"] = settings["steps"] or METHODS[batch.training.method].steps * len(group)
     settings["token_learning_rate"] = settings["token_learning_rate"] or settings["learning_rate"]
     concepts = {c.name: [c.token, c.class_word, _initializer(c)] for c in group}
     return Stage(

@@ -29,6 +29,7 @@ from pipeline.stages import measures, regularization_set
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
 from training.images import load_images
+from training.methods import METHODS
 
 SCORES = {"image": "Image alignment", "text": "Text alignment", "identity": "Identity"}
 CHART: dict[Any, Any] = {
@@ -68,7 +69,9 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     seconds: dict[str, dict[str, float]] = {}
     for stage in plan:
         seconds.setdefault(stage.kind, {})[stage.name] = store.manifest(stage.kind, stage.key)["seconds"]
-    sizes = merged["bytes"] | {"merged_factors": (folder / "full.safetensors").stat().st_size}
+    sizes = dict(merged["bytes"])
+    if (full := folder / "full.safetensors").exists():
+        sizes["merged_factors"] = full.stat().st_size
     concepts = {name: _figures(stages, plan, store) for name, stages in plan.evaluations().items()}
     figures = {
         "name": plan.batch.name,
@@ -97,7 +100,7 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
     <image|identity>_gain_<single|merged>       mean difference to the base
     <image|identity>_gain_<single|merged>_se    the same in standard errors of that mean
     text_ratio_<single|merged>                  text alignment as a share of the base's
-    compression_change_<score>                  relative change of the compressed merged model to the exact one
+    compression_change_<score>                  relative change of the compressed merged model to the exact one, if any
     """
     result = {}
     for score in SCORES:
@@ -113,7 +116,8 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
                 error = gain.std(ddof=1) / np.sqrt(len(gain))
                 result[f"{score}_gain_{model}"] = float(gain.mean())
                 result[f"{score}_gain_{model}_se"] = _ratio(gain.mean(), error)
-        result[f"compression_change_{score}"] = _ratio(means["merged"], means["merged_full"]) - 1
+        if "merged_full" in means:
+            result[f"compression_change_{score}"] = _ratio(means["merged"], means["merged_full"]) - 1
     return result
 
 
@@ -130,9 +134,9 @@ def _figures(stages: dict[str, Stage], plan: Plan, store: Store) -> dict[str, An
 
 
 def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet | None:
-    for stage in plan.of("regularization"):
+    for stage in (*plan.of("regularization"), *plan.of("generated")):
         if stage.name == concept:
-            return regularization_set(store.path("regularization", stage.key))
+            return regularization_set(store.path(stage.kind, stage.key))
     return None
 
 
@@ -188,12 +192,15 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": _size, "duration": _duration, "number": _number, "power": _power}
+    kept = figures["merge"]["form"] == "kept"
     names = {
         "base": "Base",
-        "single": "Joint" if plan.batch.training.method == "joint" else "Alone",
+        "single": "Joint" if plan.batch.training.composition == "joint" else "Alone",
         "merged_full": "Merged, exact",
-        "merged": "Merged",
+        "merged": "Released" if kept else "Merged",
     }
+    if kept:
+        del names["merged_full"]
     page = environment.get_template("report.html.jinja").render(
         figures=figures,
         concepts=_concepts(plan, store, figures),
@@ -202,6 +209,7 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         remarks=_remarks(figures),
         notes=plan.notes,
         base=plan.batch.base,
+        method=METHODS[plan.batch.training.method],
         charts=_alignment_charts(figures["concepts"]),
         colours=COLOURS,
         spec=yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True),

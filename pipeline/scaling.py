@@ -19,6 +19,7 @@ from pipeline.estimate import model_size, pack_size
 from pipeline.plan import Plan
 from pipeline.spec import Positive, Section, explain
 from retrieval.select import HITS_AT_ONCE
+from training.methods import METHODS
 
 Quantity = Annotated[float, Field(gt=0)]
 CONSTRAINT_ROWS = 7
@@ -77,15 +78,17 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
     captions; and the sets of weights that a GPU trains at once."""
     batch = plan.batch
     training, retrieval, evaluation = batch.training, batch.retrieval, batch.evaluation
-    model = model_size(batch.base_path)
+    method = METHODS[training.method]
+    model = model_size(batch.base_path, method.name, train_text_encoder=training.train_text_encoder)
     gpus = cluster.nodes * cluster.devices
     speed = cluster.tflops * 1e12
     network = cluster.nodes * cluster.network_gbit / 8 * 1e9
     packed = pack_size(plan, cluster.memory_gib * 2**30)
     # concepts come in whole numbers to a GPU
     rounds = math.ceil(concepts / gpus)
-    samples = training.batch_size * (2 if training.regularization == "real" else 1)
-    steps = training.steps or 250
+    regularized = training.regularization != "none"
+    samples = training.batch_size * (2 if regularized else 1)
+    steps = training.steps or method.steps
     phases: list[Phase] = []
 
     def phase(kind: str, moved: float, **seconds: float) -> None:
@@ -110,14 +113,18 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
         )
         tried = concepts * retrieval.images / (1 - cluster.dead_links)
         phase("regularization", tried * 150_000, downloads=tried / (cluster.nodes * cluster.downloads_per_second))
-    views = 5 * training.views + (retrieval.images if training.regularization == "real" else 0)
+    if training.regularization == "generated":
+        passes = rounds * retrieval.images * evaluation.steps * 2
+        moved = concepts * retrieval.images * 3 * model.pixels**2
+        phase("generated", moved, GPUs=passes * model.unet_flops / speed)
+    views = 5 * (training.views if training.augment else 1) + (retrieval.images if regularized else 0)
     latents = 4 * model.latent_numbers * views
     phase("features", concepts * latents, GPUs=rounds * views * model.vae_flops / speed)
     weights = 4 * model.trained
     phase(
         "train",
         concepts * (latents + weights) + gpus * 4 * model.parameters,
-        GPUs=rounds * steps * samples * 2 * model.unet_flops / speed,
+        GPUs=rounds * steps * samples * (2 + model.trained_share) * model.unet_flops / speed,
     )
     rows = concepts * CONSTRAINT_ROWS
     width = model.text_width

@@ -27,6 +27,8 @@ from pydantic import (
 )
 
 from pipeline.evaluation.prompts import check_prompt, read_prompts
+from training.methods import CUSTOM_DIFFUSION, METHODS
+from training.methods.method import RARE_WORDS
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
@@ -76,7 +78,11 @@ class Concept(Section):
     class_word: str = Field(min_length=1)
     """What it is, in the base model's words: `cat`, `wooden pot`."""
     token: str = ""
-    """The new token; `<new1>`, `<new2>`, … by position when empty."""
+    """The new token, `<new1>`, `<new2>`, … by position when empty; with `dreambooth` a word of one token that the base
+    has and hardly knows, `pll`, `ucd`, … when empty."""
+    new_category: bool = False
+    """It goes by its class word alone (`moongate`), without a token: the form for a category that the base does not
+    know, where the above is for one special cat. Give it a class_prompt the base does know (`gate`)."""
     initializer: str = ""
     """A word of one token the new row starts from; rarely used words in turn when empty."""
     prompts: Prompts = ()
@@ -96,8 +102,8 @@ class Concept(Section):
 
     @property
     def phrase(self) -> str:
-        """How prompts name the concept: `<new1> cat`."""
-        return f"{self.token} {self.class_word}"
+        """How prompts name the concept: `<new1> cat`, or `moongate`."""
+        return f"{self.token} {self.class_word}".strip()
 
 
 class Retrieval(Section):
@@ -111,7 +117,7 @@ class Retrieval(Section):
     clip: str = "miniature"
     """open_clip model: `ViT-B-32/laion2b_s34b_b79k`, a folder, or `miniature`."""
     images: Positive = 200
-    """Regularisation images per concept (method.md: 200)."""
+    """Regularisation images per concept, retrieved or generated (the paper: 200)."""
     oversample: float = Field(5.0, ge=1)
     """Candidates asked for, as a multiple of `images`: old links die."""
     max_nsfw: float | None = None
@@ -137,14 +143,22 @@ class Zero(Section):
 
 
 class Training(Section):
-    method: Literal["separate", "joint"] = "separate"
-    """One set of weights each, folded by the merge; or all concepts trained together into one set."""
+    """The method's own defaults stand in for `learning_rate`, `regularization` and `augment`, where they are not given:
+    see docs/methods.md. Those below are Custom Diffusion's."""
+
+    method: str = CUSTOM_DIFFUSION.name
+    """What trains: `custom_diffusion`, `custom_diffusion_crossattn`, `custom_diffusion_all`, `dreambooth` or
+    `textual_inversion`."""
+    train_text_encoder: bool = False
+    """With `dreambooth`: the text encoder trains too."""
+    composition: Literal["merged", "joint"] = "merged"
+    """Several concepts: one set of weights each, folded by the merge; or all trained together into one set."""
     steps: Positive | None = None
-    """Optimizer steps; 250 per concept trained together when empty (the paper: 250, and 500 for two)."""
+    """Optimizer steps; the method's per concept trained together when empty (the paper: 250, and 500 for two)."""
     batch_size: Positive = 4
     """Concept images a step; as many regularisation images stand beside them (the paper's batch of 8)."""
-    learning_rate: float = Field(8e-5, gt=0)
-    """Of the K/V matrices and the token rows (the paper: 1e-5 a sample, times 8)."""
+    learning_rate: float = Field(CUSTOM_DIFFUSION.learning_rate, gt=0)
+    """Of all that trains (the paper: 1e-5 a sample, times 8)."""
     token_learning_rate: float | None = Field(None, gt=0)
     """Of the token rows when it differs."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -153,8 +167,10 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     prior_weight: float = Field(1.0, ge=0)
     """Weight of the regularisation loss."""
-    regularization: Literal["real", "none"] = "real"
-    augment: bool = True
+    regularization: Literal["real", "generated", "none"] = CUSTOM_DIFFUSION.regularization
+    """Images of the class beside the concept's: retrieved ones with their captions, or drawn by the base with the class
+    prompt as they stand in `evaluation` (steps, guidance), as DreamBooth's prior preservation does, or none."""
+    augment: bool = CUSTOM_DIFFUSION.augment
     """Random resize with size words and masked loss."""
     views: Positive = 64
     """Augmented views of each image whose latents are kept."""
@@ -164,7 +180,8 @@ class Training(Section):
     """auto: bf16 on CUDA, fp32 on CPU."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     pack_size: Positive | Literal["auto"] = "auto"
-    """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds."""
+    """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds. 1 for
+    methods that train more than text K/V layers and tokens."""
     strategy: Literal["single", "ddp", "deepspeed"] = "single"
     """How several ranks share a step's batch; single: one process a pack."""
     ranks: Positive = 1
@@ -183,6 +200,35 @@ class Training(Section):
     @classmethod
     def _prompt_names_the_concept(cls, value: str) -> str:
         return check_prompt(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_has_defaults(cls, data: Any) -> Any:
+        method = METHODS.get(str(data.get("method"))) if isinstance(data, dict) else None
+        own = ("learning_rate", "regularization", "augment")
+        return {key: getattr(method, key) for key in own} | data if method else data
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"expected one of {', '.join(METHODS)}; found {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _method_can_do_it(self) -> Training:
+        method = METHODS[self.method]
+        if self.train_text_encoder and not method.text_encoder:
+            able = " or ".join(m.name for m in METHODS.values() if m.text_encoder)
+            raise ValueError(f"train_text_encoder: {self.method} leaves the text encoder alone; use {able}")
+        if not method.mergeable and self.pack_size not in ("auto", 1):
+            raise ValueError(
+                f"pack_size: {self.pack_size} sets of weights of {self.method} cannot train at once, only text K/V "
+                "layers and tokens can; use 1 or 'auto'"
+            )
+        if self.strategy == "deepspeed" and self.method != CUSTOM_DIFFUSION.name:
+            raise ValueError(f"strategy: 'deepspeed' trains {CUSTOM_DIFFUSION.name} only; use 'ddp' for {self.method}")
+        return self
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Training:
@@ -342,14 +388,43 @@ class ConceptBatch(Settings):
     @model_validator(mode="after")
     def _joint_concepts_share_their_training(self) -> ConceptBatch:
         own = [i for i, c in enumerate(self.concepts) if c.training != ConceptTraining()]
-        if self.training.method == "joint" and own:
+        if self.training.composition == "joint" and own:
             raise ValueError(f"concepts[{own[0]}].training: concepts trained jointly share the batch's training")
+        return self
+
+    @model_validator(mode="after")
+    def _method_suits_the_concepts(self) -> ConceptBatch:
+        method = METHODS[self.training.method]
+        if len(self.concepts) > 1 and self.training.composition == "merged" and not method.mergeable:
+            raise ValueError(
+                f"training.composition: 'merged' folds changes of text K/V layers only, and {method.name} changes "
+                "more; use 'joint', or a batch for each concept"
+            )
+        if method.unet != "text_kv" and self.compress != Compress():
+            raise ValueError(f"compress: only changes of text K/V layers have low-rank factors, not {method.name}'s")
+        for i, concept in enumerate(self.concepts):
+            if concept.new_category and concept.token:
+                raise ValueError(f"concepts[{i}].token: a new_category goes by its class word, without a token")
+            if concept.initializer and (concept.new_category or method.token == "rare"):
+                why = "a new_category has no token" if concept.new_category else f"{method.name} makes no new token"
+                raise ValueError(f"concepts[{i}].initializer: not used: {why}")
+            if concept.new_category and method.unet == "none":
+                raise ValueError(f"concepts[{i}].new_category: {method.name} trains nothing but the token it lacks")
         return self
 
     def model_post_init(self, _: Any) -> None:
         taken = {c.token for c in self.concepts}
-        free = (t for t in (f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)) if t not in taken)
-        filled = [c if c.token else c.model_copy(update={"token": next(free)}) for c in self.concepts]
+        rare = METHODS[self.training.method].token == "rare"
+        words = RARE_WORDS if rare else [f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)]
+        free = iter([word for word in words if word not in taken])
+        filled = []
+        for i, concept in enumerate(self.concepts):
+            token = concept.token if concept.token or concept.new_category else next(free, "")
+            if not token and not concept.new_category:
+                raise ValueError(
+                    f"concepts[{i}].token: {', '.join(RARE_WORDS)} are given out; name a rare word yourself"
+                )
+            filled.append(concept.model_copy(update={"token": token}))
         object.__setattr__(self, "concepts", tuple(filled))
 
     def prompts_of(self, concept: Concept) -> tuple[str, ...]:

@@ -31,11 +31,12 @@ from pipeline.merge.constraints import (
     save_constraints,
 )
 from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.merge.files import load_weights
 from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
-from pipeline.release.formats import write_formats
+from pipeline.release.formats import write_formats, write_whole
 from pipeline.sampling import draw, grid
 from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
@@ -153,8 +154,25 @@ def regularization(work: Work) -> None:
         raise ValueError(f"no regularisation image could be had: {found.shortfall}")
 
 
+def generate(work: Work) -> None:
+    """Regularisation images that the base draws with the class prompt (DreamBooth's prior preservation)."""
+    params, places = work.stage.params, work.stage.places
+    backbone = _backbone(places["base"], torch.float32)
+    use_attention(backbone.unet, places["attention"])
+    count = params["images"]
+    images = draw(
+        backbone,
+        [params["prompt"]] * count,
+        seeds=[params["seed"] + i for i in range(count)],
+        steps=params["steps"],
+        guidance=params["guidance"],
+        progress=lambda done: work.progress("images", done, count),
+    )
+    RegularizationSet.generated(work.out / "set", images, params["prompt"])
+
+
 def regularization_set(artifact: Path) -> RegularizationSet:
-    """The set in an artifact of the stage `regularization`."""
+    """The set in an artifact of the stage `regularization` or `generated`."""
     return RegularizationSet.load(artifact / "set")
 
 
@@ -168,7 +186,7 @@ def features(work: Work) -> None:
         backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
     )
     made.save(work.out / "concept.safetensors")
-    for path in work.inputs.get("regularization", []):
+    for path in [*work.inputs.get("regularization", []), *work.inputs.get("generated", [])]:
         samples = regularization_set(path)
         regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
 
@@ -202,9 +220,7 @@ def train_pack(
     stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
 
     def sample(member: Member, path: Path, step: int) -> None:
-        prompts = [
-            member.settings.prompt.format(f"{c.token} {c.class_word}") for c in member.concepts for _ in range(4)
-        ]
+        prompts = [member.settings.prompt.format(c.phrase) for c in member.concepts for _ in range(4)]
         images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
         rows = [images[i : i + 4] for i in range(0, len(images), 4)]
         if strategy.rank == 0:
@@ -288,7 +304,12 @@ def _constraints(work: Work) -> Iterator[Constraint]:
 
 
 def merge_concepts(work: Work) -> None:
-    """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`."""
+    """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`.
+
+    Without constraints there is nothing to solve or to factor: see `_keep`.
+    """
+    if "constraints" not in work.inputs:
+        return _keep(work)
     settings, budget = work.stage.params["merge"], work.stage.params["compress"]
     backbone = _backbone(work.stage.places["base"], torch.float32)
     described = [json.loads((path / "trained.json").read_text()) for path in work.inputs["constraints"]]
@@ -353,6 +374,38 @@ def merge_concepts(work: Work) -> None:
     (work.out / "report.json").write_text(json.dumps(summary, indent=1))
 
 
+def _keep(work: Work) -> None:
+    """`merged.safetensors`: one set of weights as it is, in float16, or the tokens of several; `report.json`."""
+    files = [path / "weights.safetensors" for path in work.inputs["train"]]
+    trained = [ConceptWeights.load(file) for file in files]
+    kept = ConceptWeights(
+        {name: delta.half() for name, delta in trained[0].deltas.items()},
+        {token: rows for weights in trained for token, rows in weights.tokens.items()},
+        {
+            "base": trained[0].metadata["base"],
+            "method": trained[0].metadata["method"],
+            "concepts": [concept for weights in trained for concept in weights.metadata["concepts"]],
+        },
+    )
+    kept.save(work.out / "merged.safetensors")
+    summary = {
+        "form": "kept",
+        "rows": 0,
+        "regularization_captions": 0,
+        "condition": None,
+        "drift": None,
+        "residuals": {},
+        "compressed": {"error": 0.0, "drift": None, "residuals": {}},
+        "bytes": {
+            "concepts": sum(weights.nbytes for weights in trained),
+            "concept_files": sum(file.stat().st_size for file in files),
+            "merged_dense": max(weights.nbytes for weights in trained),
+            "merged": (work.out / "merged.safetensors").stat().st_size,
+        },
+    }
+    (work.out / "report.json").write_text(json.dumps(summary, indent=1))
+
+
 def _captions(sets: list[Path], limit: int, concepts: list[dict[str, str]]) -> list[str]:
     """Regularisation captions for G, the same share of each concept's; without any, the bare class words."""
     if not sets:
@@ -379,12 +432,12 @@ def evaluate(work: Work) -> None:
         change = ConceptWeights.load(work.input("train") / "weights.safetensors")
     elif model != "base":
         file = {"merged_full": "full.safetensors", "merged": "merged.safetensors"}[model]
-        change = MergedModel.load(work.input("released" if "released" in work.inputs else "merge") / file)
+        change = load_weights(work.input("released" if "released" in work.inputs else "merge") / file)
     # the same prompts and seeds for every model: the differences are the models'
     prompts = [p for p in params["prompts"] for _ in range(settings["samples"])]
     seeds = [settings["seed"] + i for i in range(len(prompts))]
     plain = [p.format(class_word) for p in prompts]
-    named = [p.format(f"{token} {class_word}") for p in prompts]
+    named = [p.format(f"{token} {class_word}".strip()) for p in prompts]
     with backbone.changed(*((change.deltas, change.tokens) if change else ({}, {}))):
         images = draw(
             backbone,
@@ -425,8 +478,11 @@ def release(work: Work) -> None:
     """The files of a release, ready to be published: weights in all formats, spec, measures, sample grid, card."""
     params, places = work.stage.params, work.stage.places
     backbone = _backbone(places["base"], torch.float32)
-    model = MergedModel.load(work.input("merge") / "merged.safetensors")
-    write_formats(model, backbone.pipe, work.out, params["name"])
+    model = load_weights(work.input("merge") / "merged.safetensors")
+    if isinstance(model, MergedModel):
+        write_formats(model, backbone.pipe, work.out, params["name"])
+    else:
+        write_whole(model, backbone, work.out)
     tables: dict[str, list[pd.DataFrame]] = {}
     strips = []
     for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):
@@ -443,7 +499,7 @@ def release(work: Work) -> None:
             concept["name"],
             concept["token"],
             concept["class_word"],
-            merge_report["compressed"]["residuals"][concept["name"]],
+            merge_report["compressed"]["residuals"].get(concept["name"]),
             {f"{score} alignment": value for score, value in shown(evaluated[concept["name"]]["merged"]).items()},
         )
         for concept in model.metadata["concepts"]
@@ -455,6 +511,7 @@ def release(work: Work) -> None:
         base_model=places["base_name"],
         base_digest=backbone.digest,
         **params["license"],
+        method=params["spec"]["training"]["method"],
         grid="samples.png",
         two_encoders=len(backbone.text_encoders) == 2,
     )
@@ -487,6 +544,7 @@ def _stacked(paths: list[Path]) -> Image.Image:
 FUNCTIONS: dict[str, Callable[[Work], None]] = {
     "index": index,
     "regularization": regularization,
+    "generated": generate,
     "features": features,
     "constraints": constraints,
     "sums": add_up,

@@ -346,10 +346,10 @@ def _print_summary(figures: dict[str, Any]) -> None:
         ]
         gain = f"{concept[f'{judge}_gain_merged_se'] or 0:7.1f}"
         print(f"{name[:24]:24} {' '.join(values[:3])} {gain} {' '.join(values[3:])}")
-    sizes = figures["bytes"]
+    sizes, residuals = figures["bytes"], figures["residuals"]["after"].values()
     print(
         f"\n{sizes['concepts'] / 1e6:.2f} MB of concept weights became {sizes['merged'] / 1e6:.2f} MB; "
-        f"worst constraint residual {max(figures['residuals']['after'].values()):.1e}; "
+        f"{f'worst constraint residual {max(residuals):.1e}; ' if residuals else ''}"
         f"{figures['seconds_total']:.0f} s of stages\n"
     )
 

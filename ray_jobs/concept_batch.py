@@ -40,8 +40,9 @@ from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
 from training.backbone import base_digest
+from training.methods import METHODS
 
-ON_DEVICE = {"index", "candidates", "features", "train", "constraints", "merge", "evaluate", "release"}
+ON_DEVICE = {"index", "candidates", "generated", "features", "train", "constraints", "merge", "evaluate", "release"}
 """Stages that run the model, on a GPU where the cluster has any."""
 
 
@@ -343,7 +344,9 @@ def _packs(plan: Plan, trainings: list[Stage]) -> list[tuple[Stage, ...]]:
         return [(stage,) for stage in trainings]
     size, nodes = plan.batch.training.pack_size, _nodes()
     devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
-    if size == "auto":
+    if not METHODS[plan.batch.training.method].mergeable:
+        size = 1
+    elif size == "auto":
         size = pack_size(plan, _device_memory(nodes))
     count = max(-(-len(trainings) // size), min(devices, len(trainings)))
     return [tuple(trainings[i::count]) for i in range(count)]

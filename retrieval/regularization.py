@@ -1,20 +1,22 @@
-"""Sets of regularisation images with their captions, as webdataset shards on disk."""
+"""Sets of regularisation images with their captions, retrieved or generated, as webdataset shards on disk."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 
 @dataclass(frozen=True)
 class RegularizationSet:
-    """A directory of shards (`00000.tar`, …), `samples.parquet` with every candidate's fate, and `set.json`."""
+    """A directory of shards (`00000.tar`, …) and `set.json`; of a retrieved set also `samples.parquet` with every
+    candidate's fate."""
 
     path: Path
     asked: int
@@ -22,9 +24,24 @@ class RegularizationSet:
     got: int
     """Images there are."""
     statuses: dict[str, int]
-    """How many candidates ended how; see `retrieval.download.download`."""
+    """How many candidates ended how, see `retrieval.download.download`; of a generated set how many were `drawn`."""
     shortfall: str | None
     """Why there are fewer than asked, or None."""
+
+    @classmethod
+    def generated(cls, path: Path, images: Iterable[Image.Image], caption: str) -> RegularizationSet:
+        """Write a set of images that a model drew for one caption, as the one shard of a folder that is made."""
+        path.mkdir(parents=True)
+        count = 0
+        with TarWriter(str(path / "00000.tar"), mtime=0) as shard:
+            for image in images:
+                encoded = io.BytesIO()
+                image.save(encoded, "jpeg", quality=95)
+                shard.write({"__key__": f"{count:09d}", "jpg": encoded.getvalue(), "txt": caption.encode()})
+                count += 1
+        made = cls(path, asked=count, got=count, statuses={"drawn": count}, shortfall=None)
+        made.save()
+        return made
 
     @classmethod
     def load(cls, path: Path | str) -> RegularizationSet:

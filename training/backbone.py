@@ -18,8 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from transformers import AutoTokenizer
 
-RARE_WORDS = ("ktn", "pll", "ucd")
-"""Rarely used tokens that new rows start from, in turn (the Custom Diffusion authors' list begins ktn+pll+ucd)."""
+from training.methods.method import RARE_WORDS, UNetPart
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class Backbone:
 
     pipe: the loaded pipeline (Stable Diffusion 1.x, 2.x or XL form).
     layers: name -> Linear, the K and V projections of every cross-attention layer that reads text.
+    parameters: name -> parameter, of the UNet (`conv_in.bias`) and the text encoders (`text_encoder.….bias`,
+        `text_encoder_2.…`). The name of a layer stands for its weight: `….attn2.to_k` in `layers` and here.
     """
 
     def __init__(self, pipe: DiffusionPipeline, digest: str) -> None:
@@ -86,14 +87,39 @@ class Backbone:
             module.requires_grad_(False).eval()
         self.unet.to(memory_format=torch.channels_last)  # a step a fifth faster on a CPU, as on tensor cores
         self.layers = text_kv_layers(self.unet)
+        self.dtype: torch.dtype = self.unet.dtype  # of what is frozen; what trains is float32
+        modules = {"": self.unet, "text_encoder.": pipe.text_encoder}
+        if len(self.text_encoders) == 2:
+            modules["text_encoder_2."] = self.text_encoders[1]
+        self._places = {
+            prefix + short_name(name): (module, name)
+            for prefix, module in modules.items()
+            for name, _ in module.named_parameters()
+        }
+        self.parameters = {name: module.get_parameter(full) for name, (module, full) in self._places.items()}
 
     @property
     def device(self) -> torch.device:
         return self.unet.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a parameter, and what it calls it."""
+        module, full = self._places[name]
+        owner, _, attribute = full.rpartition(".")
+        return module.get_submodule(owner), attribute
+
+    def trained(self, unet: UNetPart, *, text_encoder: bool) -> list[str]:
+        """Names of the parameters that a method trains. Of the text encoders all but the embedding tables: a step sees
+        a dozen of their rows, and Adam's weight decay would move the others too."""
+        names = unet_parameters(self.unet, unet)
+        if text_encoder:
+            tables = {id(e.weight) for t in self.text_encoders for e in t.modules() if isinstance(e, nn.Embedding)}
+            names += [
+                name
+                for name, parameter in self.parameters.items()
+                if name.startswith(("text_encoder.", "text_encoder_2.")) and id(parameter) not in tables
+            ]
+        return names
 
     @property
     def factor(self) -> int:
@@ -176,27 +202,31 @@ class Backbone:
 
     @contextlib.contextmanager
     def changed(self, deltas: dict[str, torch.Tensor], tokens: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-        """Inside the block the K/V layers hold W_0 + delta and the tokenizers know the tokens.
+        """Inside the block the parameters hold W_0 + delta and the tokenizers know the tokens.
 
-        Raises: ValueError when the change names layers this model has not, or leaves some out.
+        Args:
+            deltas: name in `parameters` -> change of that shape; all of `layers` are among them where there are any.
+            tokens: new token -> its rows, one per text encoder.
+        Raises: ValueError when the change names parameters this model has not, has other shapes, or leaves layers out.
         """
-        if deltas and set(deltas) != set(self.layers):
-            odd = sorted(set(deltas) ^ set(self.layers))
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        odd = sorted(n for n in deltas if shapes.get(n) != deltas[n].shape)
+        odd += sorted(set(self.layers) - set(deltas)) if deltas else []
+        if odd:
             raise ValueError(f"weights do not fit the base model: {len(odd)} layers differ, first {odd[0]!r}")
-        kept = {name: self.layers[name].weight.data for name in deltas}
+        kept = {name: self.parameters[name].data for name in deltas}
         tables = [encoder.get_input_embeddings() for encoder in self.text_encoders]
         tokenizers = self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)
         try:
             for name, delta in deltas.items():
-                self.layers[name].weight.data = (kept[name].double() + delta.to(kept[name].device).double()).to(
-                    self.dtype
-                )
+                value = kept[name].double() + delta.to(kept[name].device).double()
+                self.parameters[name].data = value.to(kept[name].dtype)
             if tokens:
                 self._load_tokens(tokens)
             yield
         finally:
             for name, weight in kept.items():
-                self.layers[name].weight.data = weight
+                self.parameters[name].data = weight
             for encoder, table in zip(self.text_encoders, tables, strict=True):
                 encoder.set_input_embeddings(table)
             self.pipe.tokenizer = tokenizers[0]
@@ -229,10 +259,14 @@ class Base:
     tokenizer: Any
 
 
-def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int]) -> Base:
+def check_base(
+    path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int], rare: Sequence[str] = ()
+) -> Base:
     """Look at a base model's configurations and tokenizers, without its weights: can these tokens be taught to it?
 
-    Raises: ValueError when it has no text cross-attention, knows a token, or an initialiser is not one token.
+    rare: words that it has to know as one token.
+    Raises: ValueError when it has no text cross-attention, knows a token, or an initialiser or a rare word is not one
+        token.
     """
     folder = local_model(path)
     try:
@@ -247,6 +281,12 @@ def check_base(path: str | Path, tokens: Sequence[str], initializers: Sequence[s
             for token, word in zip(tokens, initializers, strict=True):
                 _check_new(tokenizer, token)
                 _single_id(tokenizer, word)
+            for word in rare:
+                if len(pieces := tokenizer.tokenize(word)) != 1:
+                    raise ValueError(
+                        f"token {word!r}: this method needs a word that the base model's tokenizer has as one token, "
+                        f"this one is {len(pieces)}: {pieces}; choose another, like {RARE_WORDS[0]!r}"
+                    )
     return Base(
         unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
         unet["cross_attention_dim"],
@@ -290,6 +330,24 @@ def text_kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
     if not layers:
         raise ValueError(f"the base model ({type(unet).__name__}) has no text cross-attention: nothing to train")
     return layers
+
+
+def unet_parameters(unet: nn.Module, part: UNetPart) -> list[str]:
+    """Names of the parameters of a part of a UNet, as in `Backbone.parameters`; those of `text_kv` are the layers'."""
+    if part == "none":
+        return []
+    if part == "text_kv":
+        return list(text_kv_layers(unet))
+    names = [short_name(name) for name, _ in unet.named_parameters()]
+    if part == "all":
+        return names
+    found = [n for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    return [name for name in names if name.startswith(tuple(f"{n}." for n in found))]
+
+
+def short_name(parameter: str) -> str:
+    """`conv_in.weight` -> `conv_in`: a layer's name stands for its weight."""
+    return parameter.removesuffix(".weight")
 
 
 def base_digest(path: str | Path) -> str:

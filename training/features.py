@@ -41,19 +41,22 @@ class ConceptFeatures:
 
 @dataclass(frozen=True)
 class RegularizationFeatures:
-    """Latents (R, c, h, w) float32 of regularisation images, and the text features of their R captions."""
+    """Latents (R, c, h, w) float32 of regularisation images, their R captions, and the text features of these."""
 
     latents: torch.Tensor
     text: TextFeatures
+    captions: list[str]
 
     def save(self, path: Path) -> None:
         pooled = {} if self.text.pooled is None else {"pooled": self.text.pooled}
-        save_tensors(path, {"latents": self.latents, "hidden": self.text.hidden, **pooled})
+        tensors = {"latents": self.latents, "hidden": self.text.hidden, **pooled}
+        save_tensors(path, tensors, {"captions": json.dumps(self.captions)})
 
     @classmethod
     def load(cls, path: Path) -> RegularizationFeatures:
-        tensors, _ = load_tensors(path)
-        return cls(tensors["latents"], TextFeatures(tensors["hidden"], tensors.get("pooled")))
+        tensors, metadata = load_tensors(path)
+        text = TextFeatures(tensors["hidden"], tensors.get("pooled"))
+        return cls(tensors["latents"], text, json.loads(metadata["captions"]))
 
 
 def concept_features(
@@ -85,7 +88,7 @@ def regularization_features(
     for image, caption in samples:
         pixels.append(plain_view(image, backbone.resolution, backbone.factor).pixels)
         captions.append(caption)
-    return RegularizationFeatures(_encode(backbone, pixels, seed), text_features(backbone, captions))
+    return RegularizationFeatures(_encode(backbone, pixels, seed), text_features(backbone, captions), captions)
 
 
 def _encode(backbone: Backbone, pixels: list[torch.Tensor], seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: K/V of every cross-attention layer and the new token rows, nothing else.
+"""The training loop, of every method: what its declaration names trains, and nothing else.
 
 Which samples, noise and timesteps a step sees is a pure function of the seed and the step number. So a resumed run
 sees what the uninterrupted one would have, a member of a pack what it would have seen alone, and ranks can split a
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from training.backbone import Backbone, TextFeatures
 from training.objective import masked_loss, target_of
-from training.pack import only, stacked_layers
+from training.pack import only, trained_layers
 from training.run import Member, Run, TrainingDiverged
 from training.strategies import Single
 from training.weights import ConceptWeights
@@ -34,7 +34,7 @@ class _Samples:
     weights: torch.Tensor  # of each sample in the loss
     noise: torch.Tensor
     moments: torch.Tensor  # in [0, 1), as a share of the training timesteps
-    captions: list[str]  # of the concept samples
+    captions: list[str]  # of the concept samples; of the regularisation samples too while the text encoder trains
     prior: TextFeatures | None  # of the regularisation captions, computed once
 
 
@@ -54,30 +54,45 @@ def train(
     closed.
 
     Args:
-        members: all with regularisation samples or none, and of one batch size.
+        members: all of one method, with regularisation samples or none, and of one batch size. Methods that train more
+            than text K/V layers and token rows take one member.
         strategy: how several processes do this together, each of which calls `train` alike; one process when None.
         sample: called with a member, a file name and the step, with the backbone in the member's trained state, to
             draw a grid.
         progress: called with a member, its finished step and its loss.
 
     Raises:
-        ValueError: tokens or initialisers the tokenizer does not allow; members that cannot share a pack.
+        ValueError: tokens or initialisers the tokenizer does not allow; members that cannot share a pack; a member of
+            which nothing trains.
     """
-    if len({(m.settings.batch_size, m.concepts[0].regularization is None) for m in members}) > 1:
-        raise ValueError("members of a pack need one batch size, and all regularisation images or none")
+    alike = {
+        (m.method, m.settings.train_text_encoder, m.settings.batch_size, m.concepts[0].regularization is None)
+        for m in members
+    }
+    if len(alike) > 1:
+        raise ValueError("members of a pack need one method, one batch size, and all regularisation images or none")
+    method, text_encoder = members[0].method, members[0].settings.train_text_encoder
+    names = backbone.trained(method.unet, text_encoder=text_encoder)
+    if len(members) > 1 and not method.mergeable:
+        raise ValueError(f"{method.name} trains one member at a time: only K/V layers and tokens are trained in packs")
+    if not names and not all(m.taught for m in members):
+        raise ValueError(f"{method.name} trains only new tokens, and a new category has none: nothing to train")
     strategy = strategy or Single()
     batch_size = members[0].settings.batch_size
     if strategy.ranks > 1 and len(members) > 1:
         raise ValueError("several ranks train one member at a time")
     if batch_size % strategy.ranks:
         raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {strategy.ranks} ranks")
-    with backbone.changed({}, {}), stacked_layers(backbone) as layers:
+    with (
+        backbone.changed({}, {}),
+        trained_layers(backbone, names, detached_start=method.detached_start) as layers,
+    ):
         tokens = _add_tokens(backbone, members)
         active: list[Run] = []
         first = 0
         for member in members:
-            active.append(strategy.start(member, backbone, layers, tokens, slice(first, first + len(member.concepts))))
-            first += len(member.concepts)
+            active.append(strategy.start(member, backbone, layers, tokens, slice(first, first + len(member.taught))))
+            first += len(member.taught)
         bound: list[Run] = []
         objective = _Objective(backbone, recompute=strategy.recomputes)
         step: nn.Module = objective
@@ -125,8 +140,10 @@ def train(
 
 
 def _add_tokens(backbone: Backbone, members: Sequence[Member]) -> list[nn.Parameter]:
-    """Rows for all concepts of a pack, (concepts, width) of each text encoder."""
-    concepts = [c for member in members for c in member.concepts]
+    """Rows for all new tokens of a pack, (tokens, width) of each text encoder; nothing when there are none."""
+    concepts = [c for member in members for c in member.taught]
+    if not concepts:
+        return []
     backbone.copy_tokenizers()
     modules = backbone.add_tokens([c.token for c in concepts], [c.initializer for c in concepts])
     return [module.rows for module in modules]
@@ -138,13 +155,13 @@ def _draw(member: Member, step: int, rank: int, ranks: int) -> _Samples:
     settings, concepts = member.settings, member.concepts
     rng = np.random.default_rng([settings.seed, step])
     latents, masks, captions, weights = [], [], [], []
-    prior_latents, prior_texts = [], []
+    prior_latents, prior_texts, prior_captions = [], [], []
     for k in range(settings.batch_size):
         concept = concepts[(step * settings.batch_size + k) % len(concepts)]
         view = int(rng.integers(len(concept.features.latents)))
         latents.append(concept.features.latents[view])
         masks.append(concept.features.masks[view])
-        caption = settings.prompt.format(f"{concept.token} {concept.class_word}")
+        caption = settings.prompt.format(concept.phrase)
         captions.append(f"{concept.features.words[view]} {caption}".strip())
         weights.append(1 / settings.batch_size)
         prior = concept.regularization
@@ -152,6 +169,7 @@ def _draw(member: Member, step: int, rank: int, ranks: int) -> _Samples:
             image = int(rng.integers(len(prior.latents)))
             prior_latents.append(prior.latents[image])
             prior_texts.append(prior.text.rows([image]))
+            prior_captions.append(prior.captions[image])
     masks += [torch.ones_like(masks[0])] * len(prior_latents)
     weights += [settings.prior_weight / settings.batch_size] * len(prior_latents)
     drawn = torch.stack(latents + prior_latents)
@@ -167,8 +185,8 @@ def _draw(member: Member, step: int, rank: int, ranks: int) -> _Samples:
         torch.tensor(weights)[rows] * ranks,
         noise[rows],
         moments[rows],
-        captions[part],
-        TextFeatures.cat(prior_texts[part]) if prior_texts else None,
+        captions[part] + (prior_captions[part] if settings.train_text_encoder else []),
+        TextFeatures.cat(prior_texts[part]) if prior_texts and not settings.train_text_encoder else None,
     )
 
 

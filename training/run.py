@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from training.backbone import Backbone
 from training.checkpoint import optimizer_tensors, restore_optimizer, save_tensors
 from training.features import ConceptFeatures, RegularizationFeatures
-from training.pack import StackedLinear
+from training.methods import METHODS, Method
+from training.pack import Layers
 from training.weights import ConceptWeights
 
 
@@ -29,11 +30,17 @@ class TrainingConcept:
 
     name: str
     token: str
+    """New or rare, as the method says; empty for a new category, which goes by its class word alone."""
     initializer: str | int
-    """A word of one token, or which of `backbone.RARE_WORDS`."""
+    """A word of one token, or which of `RARE_WORDS`."""
     class_word: str
     features: ConceptFeatures
     regularization: RegularizationFeatures | None
+
+    @property
+    def phrase(self) -> str:
+        """How captions name it: `<new1> cat`."""
+        return f"{self.token} {self.class_word}".strip()
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class TrainingSettings:
     optimizer: str
     checkpoint_every: int
     sample_every: int
+    method: str = "custom_diffusion"
+    train_text_encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,18 @@ class Member:
     settings: TrainingSettings
     scratch: Path
 
+    @property
+    def method(self) -> Method:
+        return METHODS[self.settings.method]
+
+    @property
+    def taught(self) -> list[TrainingConcept]:
+        """The concepts with a new token, whose rows train."""
+        return [c for c in self.concepts if c.token] if self.method.token == "new" else []
+
 
 Checkpoint = tuple[dict[str, torch.Tensor], dict[str, str]]
-"""Tensors and metadata: `weight.<layer>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses. It is the same
+"""Tensors and metadata: `weight.<parameter>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses. It is the same
 whatever the strategy was and however many ranks there were."""
 
 
@@ -75,17 +93,19 @@ class Run:
         self,
         member: Member,
         backbone: Backbone,
+        layers: Layers,
         tokens: Sequence[nn.Parameter],
         span: slice,
         found: Checkpoint | None,
         *,
         writes: bool = True,
     ) -> None:
-        """tokens: the pack's token rows, of each text encoder; the member's are those at `span`, as views.
+        """layers: what trains; the member starts from the backbone's values.
+        tokens: the pack's token rows, of each text encoder; the member's are those at `span`, as views.
         found: the checkpoint to go on from. writes: whether this process keeps the checkpoint and the log."""
         self.member, self.span = member, span
-        self.matrices = {n: nn.Parameter(layer.weight.float().clone()) for n, layer in backbone.layers.items()}
-        self.rows = [nn.Parameter(rows.data[span]) for rows in tokens]
+        self.matrices = {n: nn.Parameter(backbone.parameters[n].detach().float().clone()) for n in layers}
+        self.rows = [nn.Parameter(rows.data[span]) for rows in tokens] if member.taught else []
         self.losses: list[float] = []
         if found:
             tensors, metadata = found
@@ -112,6 +132,7 @@ class Run:
             {"params": matrices, "lr": settings.learning_rate},
             {"params": list(rows), "lr": settings.token_learning_rate},
         ]
+        groups = [group for group in groups if group["params"]]
         if settings.optimizer == "adamw8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit
@@ -131,12 +152,11 @@ class Run:
     def done(self) -> bool:
         return self.step >= self.member.settings.steps
 
-    def take_gradients(self, place: int, layers: dict[str, StackedLinear], tokens: Sequence[nn.Parameter]) -> None:
+    def take_gradients(self, place: int, layers: Layers, tokens: Sequence[nn.Parameter]) -> None:
         """The member's slice of the pack's gradients, as its weights are slices of the pack's."""
         for name, weight in self.matrices.items():
-            gradient = layers[name].weight.grad
-            weight.grad = None if gradient is None else gradient[place]
-        for row, rows in zip(self.rows, tokens, strict=True):
+            weight.grad = layers[name].gradient(place)
+        for row, rows in zip(self.rows, tokens if self.rows else (), strict=True):
             row.grad = None if rows.grad is None else rows.grad[self.span]
 
     def update(self, loss: float) -> None:
@@ -169,7 +189,7 @@ class Run:
             self.log.close()
 
     def values(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """The matrices by layer, (out, d), and the token rows of each text encoder, float32."""
+        """The parameters by name, and the token rows of each text encoder, float32."""
         return dict(self.matrices), list(self.rows)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -184,9 +204,13 @@ class Run:
 
     def weights(self, backbone: Backbone) -> ConceptWeights:
         matrices, rows = self.values()
-        deltas = {n: (w.detach() - backbone.layers[n].weight.float()).cpu() for n, w in matrices.items()}
-        concepts = self.member.concepts
-        tokens = {c.token: [row[i].detach().cpu().clone() for row in rows] for i, c in enumerate(concepts)}
-        described = [{"name": c.name, "token": c.token, "class_word": c.class_word} for c in concepts]
-        metadata = {"base": backbone.digest, "concepts": described, "steps": self.step, "losses": self.losses}
+        deltas = {n: (w.detach() - backbone.parameters[n].float()).cpu() for n, w in matrices.items()}
+        tokens = {c.token: [row[i].detach().cpu().clone() for row in rows] for i, c in enumerate(self.member.taught)}
+        metadata = {
+            "base": backbone.digest,
+            "method": self.member.method.name,
+            "concepts": [{"name": c.name, "token": c.token, "class_word": c.class_word} for c in self.member.concepts],
+            "steps": self.step,
+            "losses": self.losses,
+        }
         return ConceptWeights(deltas, tokens, metadata)

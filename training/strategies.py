@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.backbone import Backbone
 from training.checkpoint import load_tensors
-from training.pack import StackedLinear
+from training.pack import Layers
 from training.run import Checkpoint, Member, Run
 
 
@@ -31,12 +31,12 @@ class Single:
         self,
         member: Member,
         backbone: Backbone,
-        layers: dict[str, StackedLinear],
+        layers: Layers,
         tokens: Sequence[nn.Parameter],
         span: slice,
     ) -> Run:
         """The member's run, from its checkpoint where there is one; see `Run`."""
-        return Run(member, backbone, tokens, span, self._found(member), writes=self.rank == 0)
+        return Run(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
 
     def _found(self, member: Member) -> Checkpoint | None:
         path = member.scratch / "checkpoint.safetensors"
@@ -95,11 +95,11 @@ class DeepSpeed(DDP):
         self,
         member: Member,
         backbone: Backbone,
-        layers: dict[str, StackedLinear],
+        layers: Layers,
         tokens: Sequence[nn.Parameter],
         span: slice,
     ) -> Run:
-        return _ZeroRun(member, backbone, layers, tokens, self._found(member), writes=self.rank == 0)
+        return _ZeroRun(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
 
     def wrap(self, objective: nn.Module, runs: Sequence[Run]) -> nn.Module:
         import deepspeed
@@ -125,13 +125,14 @@ class _ZeroRun(Run):
         self,
         member: Member,
         backbone: Backbone,
-        layers: dict[str, StackedLinear],
+        layers: Layers,
         tokens: Sequence[nn.Parameter],
+        span: slice,
         found: Checkpoint | None,
         *,
         writes: bool,
     ) -> None:
-        super().__init__(member, backbone, tokens, slice(None), found, writes=writes)
+        super().__init__(member, backbone, layers, tokens, span, found, writes=writes)
         self.layers, self.tokens = layers, tokens
         self.state = {k: v for k, v in found[0].items() if k.startswith("optimizer.")} if found else {}
 
@@ -143,7 +144,7 @@ class _ZeroRun(Run):
         self.optimizer = self.make_optimizer(list(self.matrices.values()), self.rows)
         return self.optimizer
 
-    def take_gradients(self, place: int, layers: dict[str, StackedLinear], tokens: Sequence[nn.Parameter]) -> None:
+    def take_gradients(self, place: int, layers: Layers, tokens: Sequence[nn.Parameter]) -> None:
         """The engine has them."""
 
     def update(self, loss: float) -> None:
@@ -188,7 +189,7 @@ class _ZeroRun(Run):
     def values(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        matrices = {name: safe_get_full_fp32_param(weight)[0] for name, weight in self.matrices.items()}
+        matrices = {n: self.layers[n].value_of(safe_get_full_fp32_param(w)) for n, w in self.matrices.items()}
         return matrices, [safe_get_full_fp32_param(rows) for rows in self.rows]
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -196,10 +197,11 @@ class _ZeroRun(Run):
 
         self._link_states()
         tensors = {}
+        layers = list(self.layers.values())
         for i, parameter in enumerate(self.trained):
             for name in ("exp_avg", "exp_avg_sq"):
                 value = safe_get_full_optimizer_state(parameter, name)
-                tensors[f"optimizer.{i}.{name}"] = value[0] if i < len(self.matrices) else value
+                tensors[f"optimizer.{i}.{name}"] = layers[i].value_of(value) if i < len(layers) else value
             tensors[f"optimizer.{i}.step"] = torch.tensor(float(self.step))
         return tensors
 

@@ -16,9 +16,10 @@ from training.checkpoint import load_tensors, save_tensors
 class ConceptWeights:
     """The change that training made to a frozen backbone.
 
-    deltas: name of a text K/V layer -> W - W_0, (out, d) float32.
+    deltas: name of a parameter (`Backbone.parameters`; a layer's name stands for its weight) -> W - W_0, of its shape,
+        float32; float16 in a release. Of all that the method trains, so empty where only tokens were made.
     tokens: new token -> its embedding rows, one per text encoder, each (width,) float32.
-    metadata: where they came from (base digest, concept names, class words, settings, steps), JSON values.
+    metadata: where they came from (base digest, method, concept names, class words, steps, losses), JSON values.
     """
 
     deltas: dict[str, torch.Tensor]
@@ -28,7 +29,7 @@ class ConceptWeights:
     def save(self, path: Path) -> None:
         save_tensors(
             path,
-            {f"delta.{k}": v.float() for k, v in self.deltas.items()} | token_tensors(self.tokens),
+            {f"delta.{k}": v for k, v in self.deltas.items()} | token_tensors(self.tokens),
             {"polyconcept": json.dumps({"kind": "concept_weights", **self.metadata})},
         )
 
@@ -36,15 +37,16 @@ class ConceptWeights:
     def load(cls, path: Path) -> ConceptWeights:
         tensors, metadata = load_tensors(path)
         deltas = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
-        if not deltas:
-            raise ValueError(f"{path}: holds no concept weights (no 'delta.*' tensors); found {sorted(tensors)[:3]}")
-        return cls(deltas, tokens_from(tensors), json.loads(metadata.get("polyconcept", "{}")))
+        described = json.loads(metadata.get("polyconcept", "{}"))
+        if described.get("kind") != "concept_weights":
+            raise ValueError(f"{path}: holds no concept weights; found {sorted(tensors)[:3]}")
+        return cls(deltas, tokens_from(tensors), described)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors as stored (float32)."""
+        """Bytes of the tensors as they are."""
         rows = [row for rows in self.tokens.values() for row in rows]
-        return sum(4 * t.numel() for t in [*self.deltas.values(), *rows])
+        return sum(t.numel() * t.element_size() for t in [*self.deltas.values(), *rows])
 
 
 def token_tensors(tokens: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -30,21 +30,27 @@ class Constraint:
 def constraint_of(backbone: Backbone, weights: ConceptWeights, prompts: Sequence[str]) -> list[Constraint]:
     """The constraint rows of the concepts that a `ConceptWeights` holds.
 
-    For each prompt, the positions of its words and of end-of-text; a longer prompt adds the positions from the new
-    token on ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
+    For each prompt, the positions from the concept's first word (its token, or its class word where it has none) to
+    end-of-text ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
     `diffusers_composenW.py`).
+
+    Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else.
     """
+    if set(weights.deltas) != set(backbone.layers):
+        raise ValueError(
+            f"weights made by {weights.metadata.get('method', 'another method')} cannot be merged: only changes of the "
+            "base's text K/V layers can (custom_diffusion)"
+        )
     made = []
     with backbone.changed({}, weights.tokens):
         tokenizer = backbone.tokenizers[0]
         for described in weights.metadata["concepts"]:
             rows = []
             for prompt in prompts:
-                caption = prompt.format(f"{described['token']} {described['class_word']}")
-                ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
-                token_id = tokenizer.convert_tokens_to_ids(described["token"])
+                caption = prompt.format(f"{described['token']} {described['class_word']}".strip())
+                first = len(tokenizer(prompt.partition("{}")[0]).input_ids) - 1  # without its end-of-text
                 features = backbone.encode_text([caption]).hidden[0].cpu().double()
-                rows.append(features[ids.index(token_id) : len(ids)])
+                rows.append(features[first : backbone.num_tokens(caption) + 1])
             stacked = _distinct(torch.cat(rows))
             changes = {layer: stacked @ delta.double().T for layer, delta in weights.deltas.items()}
             made.append(Constraint(described["name"], stacked, changes))

@@ -27,8 +27,15 @@ from training.weights import ConceptWeights, token_tensors, tokens_from
 DEFAULTS = Merge()
 
 
+def load_weights(path: Path) -> ConceptWeights | MergedModel:
+    """Concept weights or a merged model, as the file says. Raises: ValueError when it is neither."""
+    _, metadata = load_tensors(path)
+    kind = json.loads(metadata.get("polyconcept", "{}")).get("kind")
+    return (ConceptWeights if kind == "concept_weights" else MergedModel).load(path)
+
+
 def load_change(place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]], str]:
-    """Layer changes, token rows and base digest of a release (folder or URL), a merged model or concept weights.
+    """Parameter changes, token rows and base digest of a release (folder or URL), a merged model or concept weights.
 
     Raises: ValueError when there is none of these.
     """
@@ -36,11 +43,9 @@ def load_change(place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[tor
         place = f"{resolve(place)}/merged.safetensors"
     try:
         path = Path(fsspec.open_local(f"simplecache::{place}") if "://" in place else place)
-        tensors, _ = load_tensors(path)
+        weights = load_weights(path)
     except FileNotFoundError:
         raise ValueError(f"{place}: no such file") from None
-    kind = ConceptWeights if any(k.startswith("delta.") for k in tensors) else MergedModel
-    weights = kind.load(path)
     return weights.deltas, weights.tokens, weights.metadata.get("base", "")
 
 

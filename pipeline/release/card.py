@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from pipeline.release.formats import CUSTOM_DIFFUSION, LORA, embedding_files, token_files
+from training.methods import METHODS
 
 CARD = "README.md"
 
@@ -31,7 +33,7 @@ class CardConcept:
 
     @property
     def phrase(self) -> str:
-        return f"{self.token} {self.class_word}"
+        return f"{self.token} {self.class_word}".strip()
 
 
 def write_card(
@@ -44,15 +46,17 @@ def write_card(
     license: str = "",
     license_name: str = "",
     license_link: str = "",
+    method: str = "custom_diffusion",
     grid: str = "",
     two_encoders: bool = False,
 ) -> Path:
-    """Write `README.md` into a folder that `write_formats` has filled.
+    """Write `README.md` into a folder that `write_formats` or `write_whole` has filled; it tells of what is there.
 
     Args:
         name: of the batch; also of the file under `comfyui/`.
         base_model: folder or hub name, as `from_pretrained` takes it.
         base_digest: hash of the base's weights, since bases vanish and change under their hub names.
+        method: name of the method in `training.methods`.
         license: as the hub knows it (`mit`, `creativeml-openrail-m`); `other` when empty, since the hub asks for one.
         license_name, license_link: of a licence that the hub does not know, where `license` is empty.
         grid: picture in the folder, with samples of every concept.
@@ -65,8 +69,16 @@ def write_card(
         raise ValueError("a model card needs at least one concept")
     if grid and not (folder / grid).is_file():
         raise ValueError(f"{folder / grid}: no such picture; write the sample grid before the card")
-    tokens = [c.token for c in concepts]
+    parts = _parts(folder)
+    # of the concepts' words those that were made: a rare word is the base's own, a new category has none
+    tokens = [token for token, file in token_files(c.token for c in concepts).items() if (folder / file).is_file()]
+    tags = ["text-to-image", "diffusers", method.replace("_", "-"), "polyconcept"]
+    if lora := (folder / LORA).is_file():
+        tags.append("lora")
+    if tokens:
+        tags.append("textual-inversion")
     prompts = [f"photo of a {c.phrase}" for c in concepts]
+    words = {token: Path(file).stem for token, file in embedding_files(tokens).items()}
     # the front matter takes only the hub's own names
     named = license or (f"[{_cell(license_name)}]({license_link})" if license_link else _cell(license_name))
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
@@ -78,12 +90,16 @@ def write_card(
         pipeline_tag="text-to-image",
         base_model=base_model if on_hub else None,
         instance_prompt=", ".join(prompts),
-        tags=["text-to-image", "diffusers", "custom-diffusion", "lora", "textual-inversion", "polyconcept"],
+        tags=tags,
     )
     card = ModelCard.from_template(
         front,
         template_str=TEMPLATE,
         name=_cell(name),
+        method=METHODS[method],
+        has_lora=lora,
+        parts=parts,
+        loaded=", ".join(["BASE", *(f"{part}={part}" for part in parts)]),
         file_name=name,
         base_model=_cell(base_model),
         base_digest=base_digest,
@@ -92,9 +108,11 @@ def write_card(
         grid=grid,
         table=_table(concepts),
         prompt_code=repr(prompts[0]),
-        class_word=_cell(concepts[0].class_word),
+        prompt=_cell(prompts[0].replace(concepts[0].token, words[concepts[0].token]))
+        if concepts[0].token in words
+        else _cell(prompts[0]),
         load_tokens=_load_tokens(tokens, two_encoders),
-        words={_cell(token): Path(file).stem for token, file in embedding_files(tokens).items()},
+        words={_cell(token): word for token, word in words.items()},
         two_encoders=two_encoders,
         custom_diffusion=CUSTOM_DIFFUSION,
         lora=LORA,
@@ -104,9 +122,22 @@ def write_card(
     return path
 
 
+def _parts(folder: Path) -> dict[str, tuple[str, str]]:
+    """Whole parts of a pipeline in a release -> the library and the class that load them."""
+    found = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if (config := folder / part / "config.json").is_file():
+            described = json.loads(config.read_text())
+            name = described.get("_class_name")
+            found[part] = ("diffusers", name) if name else ("transformers", described["architectures"][0])
+    return found
+
+
 def _load_tokens(tokens: Sequence[str], two_encoders: bool) -> str:
-    """Code that gives a diffusers pipeline the new words."""
+    """Code that gives a diffusers pipeline the new words; empty when there are none."""
     files = token_files(tokens)
+    if not files:
+        return ""
     if not two_encoders:
         return f"for file in {list(files.values())!r}:\n    pipe.load_textual_inversion(RELEASE, weight_name=file)"
     return (
@@ -146,8 +177,17 @@ TEMPLATE = """---
 
 # {{ name }}
 
-Concepts taught to a text-to-image model by [Custom Diffusion](https://arxiv.org/abs/2212.04488): changes of the
-cross-attention keys and values and one new word for each concept, merged into one small model by polyconcept.
+{% if has_lora -%}
+Concepts taught to a text-to-image model by [{{ method.title }}]({{ method.reference }}): changes of the
+cross-attention keys and values{% if words %} and one new word for each concept{% endif %}, merged into one small model
+by polyconcept.
+{%- elif parts -%}
+Concepts taught to a text-to-image model by [{{ method.title }}]({{ method.reference }}) with polyconcept: the changed
+parts of the model, whole, in float16{% if words %}, and one new word for each concept{% endif %}.
+{%- else -%}
+Concepts taught to a text-to-image model by [{{ method.title }}]({{ method.reference }}) with polyconcept: one new word
+for each concept; the model itself is unchanged.
+{%- endif %}
 {% if grid %}
 ![samples of every concept]({{ grid }})
 {% endif %}
@@ -161,8 +201,8 @@ Licence of these weights: {{ license }}. What is made with them also falls under
 
 ## In diffusers
 
-Run in this folder, or set `RELEASE` to where it is. Either way below gives the same pictures but for rounding; the LoRA
-is exact and the smaller.
+Run in this folder, or set `RELEASE` to where it is.
+{%- if has_lora %} Either way below gives the same pictures but for rounding; the LoRA is exact and the smaller.
 
 ### As a LoRA
 
@@ -198,18 +238,46 @@ pipe.unet.load_attn_procs(RELEASE, weight_name="{{ custom_diffusion }}", _pipeli
 image = pipe({{ prompt_code }}).images[0]
 image.save("custom_diffusion.png")
 ```
+{%- else %}
 
+```python
+from diffusers import DiffusionPipeline
+{%- for library, loader in parts.values() %}
+from {{ library }} import {{ loader }}
+{%- endfor %}
+{{- "\nfrom safetensors.torch import load_file" if two_encoders and load_tokens }}
+
+BASE = {{ base_code }}
+RELEASE = "."
+
+{% for part, (_, loader) in parts.items() -%}
+{{ part }} = {{ loader }}.from_pretrained(RELEASE, subfolder="{{ part }}")
+{% endfor -%}
+pipe = DiffusionPipeline.from_pretrained({{ loaded }})  # with a GPU: .to("cuda")
+{{ load_tokens }}
+image = pipe({{ prompt_code }}).images[0]
+image.save("image.png")
+```
+{%- endif %}
+{% if has_lora or words %}
 ## In ComfyUI and A1111
 
-Copy `comfyui/{{ file_name }}.safetensors` to `models/loras` (ComfyUI) or `models/Lora` (A1111), and the files in
-`comfyui/embeddings` to `models/embeddings` (ComfyUI) or `embeddings` (A1111). There the new words have their
-files' names:
+{% if has_lora -%}
+Copy `comfyui/{{ file_name }}.safetensors` to `models/loras` (ComfyUI) or `models/Lora` (A1111).
+{% endif -%}
+{% if words -%}
+Copy the files in `comfyui/embeddings` to `models/embeddings` (ComfyUI) or `embeddings` (A1111). There the new words
+have their files' names:
 {% for token, word in words.items() %}
 - <code>{{ token }}</code>: `embedding:{{ word }}` in ComfyUI, `{{ word }}` in A1111
 {%- endfor %}
-
-So: `photo of a {{ words.values() | first }} {{ class_word }} <lora:{{ file_name }}:1>` in A1111. Strength 1 is what was
-trained and measured.
+{% endif %}
+{%- if has_lora %}
+So: `{{ prompt }} <lora:{{ file_name }}:1>` in A1111. Strength 1 is what was trained and measured.
+{% elif parts %}
+The changed parts of the model have no form of their own there: the words alone are not enough.
+{% endif %}
+{%- endif %}
 
 ## Checking the files
 

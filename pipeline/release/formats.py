@@ -1,12 +1,13 @@
-"""A merged model in the formats that other programs load, each loaded back before it counts as written.
+"""What was trained in the formats that other programs load, each loaded back before it counts as written.
 
 | file | taken by |
 | --- | --- |
-| `merged.safetensors` | this project: the factors as they are |
+| `merged.safetensors` | this project: the factors, or the whole change, as they are |
 | `pytorch_custom_diffusion_weights.safetensors` | `pipe.unet.load_attn_procs(…, _pipeline=pipe)`: dense W_0 + delta |
 | `<token>.safetensors` | `pipe.load_textual_inversion` |
 | `pytorch_lora_weights.safetensors` | `pipe.load_lora_weights`: the exact factors |
 | `comfyui/<name>.safetensors`, `comfyui/embeddings/` | ComfyUI, A1111 and kin: the LoRA in kohya's names, the tokens |
+| `unet/`, `text_encoder/` | `from_pretrained(…, unet=…)`: whole parts, where more than text K/V layers changed |
 
 Weights that silently do not load are the commonest complaint about files like these (diffusers#7261, #9320,
 ComfyUI#1144). Hence the load-back with diffusers: it raises RuntimeError if the layers or token rows that arrive are
@@ -28,7 +29,9 @@ from diffusers.utils import convert_state_dict_to_kohya, logging
 from safetensors.torch import load_file
 
 from pipeline.merge.factors import MergedModel
+from training.backbone import Backbone
 from training.checkpoint import save_tensors
+from training.weights import ConceptWeights
 
 MERGED = "merged.safetensors"
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
@@ -71,9 +74,42 @@ def write_formats(merged: MergedModel, pipe: Pipeline, folder: Path, name: str =
     ]
 
 
+def write_whole(weights: ConceptWeights, backbone: Backbone, folder: Path) -> list[Path]:
+    """Write weights that have no low-rank form, and check each file by loading it back: the parts of the model that
+    changed, whole (`unet/`, `text_encoder/`, float16), and the tokens. Returns and errors as of `write_formats`.
+    """
+    check_tokens_fit(weights, backbone.pipe)
+    path = folder / MERGED
+    weights.save(path)
+    paths = [path, *write_tokens(weights, backbone.pipe, folder), *write_embeddings(weights, folder)]
+    with backbone.changed(weights.deltas, {}):
+        for part in sorted({_part_of(name) for name in weights.deltas}):
+            module = copy.deepcopy(getattr(backbone.pipe, part)).half()
+            if not all(p.isfinite().all() for p in module.parameters()):
+                raise ValueError(f"{part}: the weights hold NaN or infinity; nothing was written")
+            if hasattr(module, "register_to_config"):
+                module.register_to_config(_name_or_path="")  # where the base lay on this machine is nobody's business
+            module.save_pretrained(folder / part)
+            _check_part(module, folder / part)
+            paths += sorted((folder / part).iterdir())
+    return paths
+
+
+def _part_of(parameter: str) -> str:
+    """Which part of a pipeline has a parameter (`Backbone.parameters`)."""
+    part = parameter.partition(".")[0]
+    return part if part in ("text_encoder", "text_encoder_2") else "unet"
+
+
+def _check_part(module: Any, path: Path) -> None:
+    arrived = type(module).from_pretrained(path).state_dict()
+    for key, tensor in module.state_dict().items():
+        if key not in arrived or not torch.equal(arrived[key].half().cpu(), tensor.cpu()):
+            raise RuntimeError(f"{path}: {key} did not arrive when it was loaded")
+
+
 def check_fits(merged: MergedModel, pipe: Pipeline) -> None:
     """Raise ValueError unless every layer and token row of `merged` has its place in the untouched base."""
-    encoders = _encoders(pipe)
     if not merged.layers:
         raise ValueError("the merged model changes no layer; nothing to write")
     if getattr(pipe.unet, "peft_config", None):
@@ -93,6 +129,12 @@ def check_fits(merged: MergedModel, pipe: Pipeline) -> None:
             )
         if not (left.isfinite().all() and right.isfinite().all()):
             raise ValueError(f"layer {layer}: the change holds NaN or infinity; nothing was written")
+    check_tokens_fit(merged, pipe)
+
+
+def check_tokens_fit(merged: MergedModel | ConceptWeights, pipe: Pipeline) -> None:
+    """Raise ValueError unless every token row has its place in the untouched base."""
+    encoders = _encoders(pipe)
     for token, rows in merged.tokens.items():
         if len(rows) != len(encoders):
             raise ValueError(f"token {token} has {len(rows)} rows; the base has {len(encoders)} text encoders")
@@ -170,7 +212,7 @@ def _check_custom_diffusion(pipe: Pipeline, path: Path, expected: dict[str, torc
 # --- tokens --------------------------------------------------------------------------------------------
 
 
-def write_tokens(merged: MergedModel, pipe: Pipeline, folder: Path) -> list[Path]:
+def write_tokens(merged: MergedModel | ConceptWeights, pipe: Pipeline, folder: Path) -> list[Path]:
     """Write one textual-inversion file per token, named by `token_files`, rows in their own dtype.
 
     One text encoder: the token is the key, the row (width,). Two (SDXL): `clip_l` and `clip_g`, (1, width) each.
@@ -206,7 +248,7 @@ def _rows_by_encoder(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: row[None] for key, row in zip(ENCODER_KEYS, rows, strict=True)}
 
 
-def _check_tokens(merged: MergedModel, pipe: Pipeline, paths: list[Path]) -> None:
+def _check_tokens(merged: MergedModel | ConceptWeights, pipe: Pipeline, paths: list[Path]) -> None:
     # on copies: diffusers' unloading does not put a tokenizer back exactly as it was
     for index, pair in enumerate(_encoders(pipe)):
         tokenizer, encoder = copy.deepcopy(pair)
@@ -254,9 +296,8 @@ def write_lora(merged: MergedModel, pipe: Pipeline, folder: Path) -> Path:
 def write_comfyui(merged: MergedModel, pipe: Pipeline, folder: Path, name: str = "concepts") -> list[Path]:
     """Write what ComfyUI and the A1111 family read.
 
-    `comfyui/<name>.safetensors` is the LoRA in kohya's names (`lora_unet_…_to_k.lora_down.weight`);
-    `comfyui/embeddings/` has the tokens (`emb_params`, or `clip_l` and `clip_g` for SDXL; (1, width)). There a token
-    goes by its file's name: `embedding:<name>` in ComfyUI, the bare name in A1111.
+    `comfyui/<name>.safetensors` is the LoRA in kohya's names (`lora_unet_…_to_k.lora_down.weight`); the tokens are as
+    `write_embeddings` writes them.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"name {name!r}: expected letters, digits, '.', '_' and '-'")
@@ -270,10 +311,18 @@ def write_comfyui(merged: MergedModel, pipe: Pipeline, folder: Path, name: str =
         tensors[key] = torch.tensor(float(rank))
     save_tensors(path, tensors, PT)
     _check_lora(merged, pipe, path)
-    paths = [path]
+    return [path, *write_embeddings(merged, folder)]
+
+
+def write_embeddings(merged: MergedModel | ConceptWeights, folder: Path) -> list[Path]:
+    """Write the tokens under `comfyui/embeddings/` (`emb_params`, or `clip_l` and `clip_g` for SDXL; (1, width)).
+
+    There a token goes by its file's name: `embedding:<name>` in ComfyUI, the bare name in A1111.
+    """
+    paths = []
     for token, file in embedding_files(merged.tokens).items():
         rows = merged.tokens[token]
-        paths.append(path.parent / "embeddings" / file)
+        paths.append(folder / COMFYUI / "embeddings" / file)
         save_tensors(paths[-1], {"emb_params": rows[0][None]} if len(rows) == 1 else _rows_by_encoder(rows), PT)
     return paths
 

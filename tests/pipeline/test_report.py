@@ -78,7 +78,7 @@ def make_regularization(folder: Path) -> None:
     RegularizationSet(folder, 5, 3, statuses, "3 of 5 images: all 5 candidates are used up").save()
 
 
-def make_run(tmp_path: Path, method: str = "separate", identity: bool = True) -> tuple[Plan, Store]:
+def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True) -> tuple[Plan, Store]:
     """A finished run of two concepts; the second's name is hostile (which a batch file could not say)."""
     (tmp_path / "images").mkdir()
     for i in range(2):
@@ -86,7 +86,7 @@ def make_run(tmp_path: Path, method: str = "separate", identity: bool = True) ->
     place = [str(tmp_path / "images")]
     cat = Concept(name="cat", images=place, class_word=f"cat {EVIL}")
     evil = Concept.model_construct(name=f"evil {EVIL}", images=tuple(place), class_word="dog", token="<new2>")
-    batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"method": method})
+    batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"composition": composition})
     store = Store(str(tmp_path / "store"))
     stages = []
 
@@ -95,7 +95,7 @@ def make_run(tmp_path: Path, method: str = "separate", identity: bool = True) ->
         return make(store, stage, seconds)
 
     make_regularization(add(Stage("regularization", "cat", {}), 2.5))
-    groups = [list(batch.concepts)] if method == "joint" else [[c] for c in batch.concepts]
+    groups = [list(batch.concepts)] if composition == "joint" else [[c] for c in batch.concepts]
     for group in groups:
         folder = add(Stage("train", " + ".join(c.name for c in group), {"concepts": [c.name for c in group]}), 10.0)
         losses = np.random.default_rng(0).random(40).tolist()
@@ -183,10 +183,10 @@ def test_summary(tmp_path: Path) -> None:
     assert figures["bytes"]["ratio"] == 300 / 4000
 
 
-@pytest.mark.parametrize("method", ["separate", "joint"])
+@pytest.mark.parametrize("composition", ["merged", "joint"])
 @pytest.mark.parametrize("identity", [True, False])
-def test_the_page_stands_alone_and_says_everything(tmp_path: Path, method: str, identity: bool) -> None:
-    plan, store = make_run(tmp_path, method, identity)
+def test_the_page_stands_alone_and_says_everything(tmp_path: Path, composition: str, identity: bool) -> None:
+    plan, store = make_run(tmp_path, composition, identity)
     path = tmp_path / "out" / "report.html"
     write_report(plan, store, RELEASE, path)
     page = path.read_text()
@@ -200,10 +200,10 @@ def test_the_page_stands_alone_and_says_everything(tmp_path: Path, method: str, 
     assert all(alt for alt in re.findall(r'<img[^>]* alt="([^"]*)"', page))
     assert page.count("<img") == page.count(" alt=") == len(sources)
     # 2 concepts of 2 images, and of 2 prompts by 3 models; 3 retrieved; a curve and 2 grids a training; a chart a score
-    trainings = 1 if method == "joint" else 2
+    trainings = 1 if composition == "joint" else 2
     assert len(sources) == 2 * 2 + 2 * 2 * 3 + 3 + 3 * trainings + 2 + identity
     assert page.count('class="concept"') == 2 and 'id="concept-cat"' in page and 'id="concept-evil &lt;script' in page
-    assert ("Trained together" in page) == (method == "joint")
+    assert ("Trained together" in page) == (composition == "joint")
     assert ("Identity" in page) == identity
     assert "3 of 5 images: all 5 candidates are used up" in page
     assert "+5.2 s.e." in re.sub("<[^>]*>", "", page)

@@ -17,6 +17,11 @@ def write(tmp_path: Path, text: str, name: str = "batch.yaml") -> Path:
 
 
 CONCEPT = "concepts: [{name: cat, images: cat, class_word: cat}]\n"
+TWO = "concepts: [{name: a, images: a, class_word: cat}, {name: b, images: b, class_word: dog}]\n"
+
+
+def _concept(more: str) -> str:
+    return f"concepts: [{{name: cat, images: cat, class_word: cat, {more}}}]\n"
 
 
 def test_paper_defaults(tmp_path):
@@ -40,7 +45,41 @@ def test_paper_defaults(tmp_path):
         (CONCEPT + "training: {steps: 0}", r"training.steps: .*greater than 0, found 0"),
         (CONCEPT + "training: {steps: many}", r"training.steps: .*found 'many'"),
         (CONCEPT + "training: {learning_rate: .nan}", r"training.learning_rate: .*found nan"),
-        (CONCEPT + "training: {method: both}", r"training.method: .*'separate' or 'joint', found 'both'"),
+        (CONCEPT + "training: {method: lora}", r"training.method: expected one of custom_diffusion, .*; found 'lora'"),
+        (CONCEPT + "training: {composition: both}", r"training.composition: .*'merged' or 'joint', found 'both'"),
+        (
+            CONCEPT + "training: {train_text_encoder: true}",
+            "custom_diffusion leaves the text encoder alone; use dreamb",
+        ),
+        (CONCEPT + "training: {method: dreambooth, pack_size: 2}", "pack_size: 2 sets of weights of dreambooth cannot"),
+        (
+            CONCEPT + "training: {method: dreambooth, strategy: deepspeed}",
+            "strategy: 'deepspeed' trains custom_diffusion only; use 'ddp' for dreambooth",
+        ),
+        (
+            TWO + "training: {method: dreambooth}",
+            "training.composition: 'merged' folds changes of text K/V layers only, and dreambooth changes more",
+        ),
+        (
+            CONCEPT + "training: {method: dreambooth}\ncompress: {max_rank: 3}",
+            "compress: only changes of text K/V layers have low-rank factors, not dreambooth's",
+        ),
+        (_concept("new_category: true, token: <x>"), r"concepts\[0\].token: a new_category goes by its class word"),
+        (_concept("new_category: true, initializer: x"), r"concepts\[0\].initializer: not used: a new_category has no"),
+        (
+            _concept("initializer: x") + "training: {method: dreambooth}",
+            r"concepts\[0\].initializer: not used: dreambooth makes no new token",
+        ),
+        (
+            _concept("new_category: true") + "training: {method: textual_inversion}",
+            r"concepts\[0\].new_category: textual_inversion trains nothing but the token it lacks",
+        ),
+        (
+            "concepts: ["
+            + ", ".join(f"{{name: c{i}, images: x, class_word: cat}}" for i in range(4))
+            + "]\ntraining: {method: dreambooth, composition: joint}",
+            r"concepts\[3\].token: pll, ucd, ktn are given out; name a rare word yourself",
+        ),
         ("concepts: []", r"concepts: .*at least 1"),
         ("name: x", r"concepts: missing"),
         ("concepts: [{name: a/b, images: a, class_word: a}]", r"concepts\[0\].name"),
@@ -154,3 +193,18 @@ def test_the_authors_benchmark_as_it_is(tmp_path):
         load_batch(write(tmp_path, own))
     with pytest.raises(ValueError, match=r"batch.yaml: expected a list of concepts, found dict"):
         load_batch(write(tmp_path, "concepts: batch.yaml"))
+
+
+def test_a_method_brings_its_defaults(tmp_path):
+    text = CONCEPT + "training: {method: dreambooth}"
+    batch = load_batch(write(tmp_path, text))
+    assert (batch.training.regularization, batch.training.augment, batch.training.learning_rate) == (
+        "generated",
+        False,
+        5e-6,
+    )
+    assert batch.concepts[0].phrase == "pll cat"
+    given = load_batch(write(tmp_path, CONCEPT + "training: {method: dreambooth, augment: true, regularization: none}"))
+    assert given.training.augment and given.training.regularization == "none"
+    category = load_batch(write(tmp_path, _concept("new_category: true")))
+    assert category.concepts[0].phrase == "cat" and category.concepts[0].token == ""

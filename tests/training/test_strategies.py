@@ -46,6 +46,13 @@ def single(backbone, member) -> ConceptWeights:
     return _alone(backbone, member("single"))
 
 
+def _dreambooth(member: Member) -> Member:
+    """All of the UNet and the text encoder, in place."""
+    concept = dataclasses.replace(member.concepts[0], token="pll")
+    settings = dataclasses.replace(member.settings, method="dreambooth", train_text_encoder=True)
+    return dataclasses.replace(member, concepts=[concept], settings=settings)
+
+
 @pytest.fixture(scope="module")
 def made(backbone, member, folder) -> dict[str, dict]:
     """All cases in one start of two ranks, each with half of the batch."""
@@ -59,6 +66,7 @@ def made(backbone, member, folder) -> dict[str, dict]:
     cases["zero2-cut"] = (member("zero2-cut", steps=4), "deepspeed", ZERO["zero2"])
     features = member("x").concepts[0].features
     broken = dataclasses.replace(features, latents=features.latents * float("nan"))
+    cases["dreambooth"] = (_dreambooth(member("dreambooth")), "ddp", {})
     cases["nan"] = (member("nan", features=broken), "ddp", {})
     torch.save(cases, folder / "cases.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -74,6 +82,16 @@ def test_two_ranks_are_one_with_twice_the_batch(same_weights, made, single, name
     result = made[name]["result"]
     same_weights(result, single)
     assert result.metadata["losses"] == pytest.approx(single.metadata["losses"], rel=1e-4)
+
+
+def test_any_method_trains_on_two_ranks(backbone, made, member):
+    result, alone = made["dreambooth"]["result"], _alone(backbone, _dreambooth(member("dreambooth-alone")))
+    assert result.metadata["losses"] == pytest.approx(alone.metadata["losses"], rel=1e-4)
+    assert result.deltas.keys() == alone.deltas.keys()
+    apart = sum((result.deltas[name] - delta).square().sum() for name, delta in alone.deltas.items())
+    changed = sum(delta.square().sum() for delta in alone.deltas.values())
+    # gradients that are all rounding (biases before a norm) count in full, as Adam divides by their size
+    assert apart < 0.02**2 * changed
 
 
 def test_one_goes_on_where_two_were_cut_off(backbone, same_weights, made, member, single):

@@ -1,0 +1,173 @@
+"""What any method makes goes through the same stages: trained, measured, released, sampled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.merge.constraints import constraint_of
+from pipeline.merge.factors import MergedModel
+from pipeline.merge.files import load_change
+from pipeline.miniature.world import concept_images
+from pipeline.plan import Plan, make_plan
+from pipeline.release.publish import publish, verify
+from pipeline.report import summary, write_report
+from pipeline.sampling import draw
+from pipeline.spec import ConceptBatch
+from pipeline.stages import run_stage, train_pack
+from pipeline.store import Store
+from retrieval.regularization import RegularizationSet
+from training.weights import ConceptWeights
+
+CONCEPTS = [
+    {"name": "outlined-cat", "images": "cat", "class_word": "cat"},
+    {"name": "flat-turtle", "images": "turtle", "class_word": "turtle"},
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name, style in (("cat", "streamline-emojis"), ("turtle", "fxemoji")):
+        (folder / name).mkdir()
+        for i, image in enumerate(concept_images(name, style, 2, seed=1)):
+            image.save(folder / name / f"{i}.png")
+    return folder
+
+
+def _batch(images: Path, count: int, training: dict, **concept) -> ConceptBatch:
+    concepts = [c | concept | {"images": str(images / c["images"])} for c in CONCEPTS[:count]]
+    return ConceptBatch.model_validate(
+        {
+            "name": "small",
+            "concepts": concepts,
+            "retrieval": {"images": 5},
+            "training": {"steps": 2, "batch_size": 2, "views": 2, "learning_rate": 1e-3, **training},
+            "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "identity": "miniature"},
+        }
+    )
+
+
+def _run(batch: ConceptBatch, folder: Path) -> tuple[Plan, Store]:
+    """Every stage in this process, in the plan's order."""
+    plan, store = make_plan(batch), Store(str(folder / "store"))
+    for stage in plan:
+        if stage.kind == "train":
+            assert train_pack([stage], store, lambda *_: None) == {}
+        else:
+            run_stage(stage, store, lambda *_: None)
+    return plan, store
+
+
+# What a user's program is: no module of this project. {code} is the card's own, as it stands.
+PROGRAM = """
+import sys, torch
+{code}
+pipe.set_progress_bar_config(disable=True)
+seeded = torch.Generator().manual_seed(0)
+image = pipe({prompt!r}, num_inference_steps=2, guidance_scale=3.0, generator=seeded).images[0]
+image.save({out!r})
+assert not [m for m in sys.modules if m.split(".")[0] in ("pipeline", "training", "retrieval", "ray_jobs")]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "count", "parts"),
+    [
+        ({"method": "custom_diffusion_crossattn", "regularization": "none"}, 1, ["unet"]),
+        ({"method": "custom_diffusion_all", "regularization": "none", "composition": "joint"}, 2, ["unet"]),
+        ({"method": "dreambooth", "train_text_encoder": True, "learning_rate": 1e-4}, 1, ["text_encoder", "unet"]),
+        ({"method": "textual_inversion", "learning_rate": 1e-1}, 2, []),
+    ],
+    ids=lambda value: value.get("method") if isinstance(value, dict) else None,
+)
+def test_released_sampled_and_measured_alike(backbone, images, tmp_path, training, count, parts):
+    plan, store = _run(_batch(images, count, training), tmp_path)
+    last = plan.stages[-1]
+    release = publish(store.path(last.kind, last.key), str(tmp_path / "releases"))
+    place = Path(release.url)
+    assert not verify(release.url)
+    assert sorted(p.name for p in place.iterdir() if p.is_dir() and p.name != "comfyui") == parts
+    tokens = [c.token for c in plan.batch.concepts if c.token.startswith("<")]
+    assert {f"{token}.safetensors" for token in tokens} <= {p.name for p in place.iterdir()}
+    assert not any(str(tmp_path) in p.read_text() for p in place.rglob("*.json"))
+
+    # measured and reported
+    figures = summary(plan, store, release.url)
+    for entry in figures["concepts"].values():
+        assert {"base", "single", "merged"} <= entry.keys() and entry["image_gain_merged"] is not None
+    write_report(plan, store, release.url, tmp_path / "report.html")
+    assert training["method"] in (tmp_path / "report.html").read_text()
+
+    # sampled: the release draws what training made, and not what the base does
+    prompt = f"photo of a {plan.batch.concepts[0].phrase}"
+    deltas, rows, digest = load_change(str(tmp_path / "releases"))
+    assert digest == backbone.digest
+    with backbone.changed(deltas, rows):
+        (ours,) = draw(backbone, [prompt], seeds=[0], steps=2, guidance=3.0)
+    (base,) = draw(backbone, ["photo of a cat"], seeds=[0], steps=2, guidance=3.0)
+    assert _difference(ours, base) > 1
+
+    # and diffusers alone draws the same with the card's own code
+    card = (place / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].partition("\nimage = ")[0]
+    code = code.replace("BASE = 'miniature'", f"BASE = {plan.batch.base_path!r}")
+    program = PROGRAM.format(code=code, prompt=prompt, out=str(tmp_path / "theirs.png"))
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _difference(ours, Image.open(tmp_path / "theirs.png")) < 1
+
+
+def _difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean over the pixels, of 255."""
+    one, other = (torch.frombuffer(bytearray(i.convert("RGB").tobytes()), dtype=torch.uint8).float() for i in (a, b))
+    return float((one - other).abs().mean())
+
+
+def test_generated_images_are_as_many_as_asked_with_the_class_caption(images, tmp_path):
+    plan = make_plan(_batch(images, 2, {"regularization": "generated"}))
+    store = Store(str(tmp_path / "store"))
+    sets = [run_stage(stage, store, lambda *_: None) / "set" for stage in plan.of("generated")]
+    first = RegularizationSet.load(sets[0])
+    assert first.captions() == ["photo of a cat"] * 5 and first.asked == first.got == 5
+    drawn = [image for image, _ in first]
+    assert {image.size for image in drawn} == {(64, 64)} and len({image.tobytes() for image in drawn}) == 5
+    assert RegularizationSet.load(sets[1]).captions() == ["photo of a turtle"] * 5
+    assert not plan.of("index") and not plan.of("regularization")
+    # the seed is the batch's
+    other = make_plan(_batch(images, 2, {"regularization": "generated", "seed": 7}))
+    assert {s.key for s in other.of("generated")}.isdisjoint(s.key for s in plan.of("generated"))
+    # concepts of one class have one set
+    both = _batch(images, 2, {"regularization": "generated"}, class_prompt="a scene")
+    assert len({s.key for s in make_plan(both).of("generated")}) == 1
+
+
+@pytest.mark.slow
+def test_new_categories_are_merged_by_their_class_words(backbone, images, tmp_path):
+    plan, store = _run(_batch(images, 2, {"regularization": "none"}, new_category=True), tmp_path)
+    (merge,) = plan.of("merge")
+    model = MergedModel.load(store.path("merge", merge.key) / "full.safetensors")
+    assert not model.tokens and [c["token"] for c in model.metadata["concepts"]] == ["", ""]
+    weights = ConceptWeights.load(store.path("train", plan.of("train")[0].key) / "weights.safetensors")
+    (constraint,) = constraint_of(backbone, weights, ["photo of a {}"])
+    assert len(constraint.rows) == 2  # cat, end-of-text
+    for name, change in constraint.changes.items():
+        met = constraint.rows @ model.deltas[name].double().T
+        assert (met - change).norm() < 1e-3 * change.norm()
+
+
+def test_only_text_kv_changes_are_merged(backbone):
+    weights = ConceptWeights({"conv_in": torch.zeros(1)}, {}, {"method": "dreambooth", "concepts": []})
+    with pytest.raises(ValueError, match="weights made by dreambooth cannot be merged"):
+        constraint_of(backbone, weights, ["{}"])
+
+
+def test_rare_words_are_checked_before_anything_runs(images):
+    with pytest.raises(ValueError, match="token 'zzyzx': this method needs a word"):
+        make_plan(_batch(images, 1, {"method": "dreambooth"}, token="zzyzx"))
