@@ -32,7 +32,7 @@ VERSIONS = {
     "constraints": 1,
     "sums": 1,
     "merge": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "release": 3,
     "released": 1,
 }

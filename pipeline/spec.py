@@ -493,7 +493,11 @@ def load_batch(path: str | Path) -> ConceptBatch:
         ValueError: naming the file, the key, what was found and what is allowed.
     """
     path = Path(path)
-    data = read_mapping(path, "batch file (.yaml or .json)", "concepts")
+    return batch_from(read_mapping(path, "batch file (.yaml or .json)", "concepts"), path)
+
+
+def batch_from(data: dict[str, Any], path: Path) -> ConceptBatch:
+    """The batch that a file at `path` would say with such content; see `load_batch`."""
     if isinstance(data.get("concepts"), str):
         place = path.parent / Path(data["concepts"]).expanduser()
         entries = _parse(place, "list of concepts (.json)")

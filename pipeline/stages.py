@@ -420,7 +420,8 @@ def _captions(sets: list[Path], limit: int, concepts: list[dict[str, str]]) -> l
 
 
 def evaluate(work: Work) -> None:
-    """`scores.parquet`: a row per image that one model drew; `images.png`: the images, a row per prompt."""
+    """`scores.parquet`: a row per image that one model drew; `images/`: the images, in that order; `images.png`: some
+    of them, a row per prompt."""
     params, places = work.stage.params, work.stage.places
     settings, model = params["evaluation"], params["model"]
     backbone = _backbone(places["base"], torch.float32)
@@ -449,6 +450,9 @@ def evaluate(work: Work) -> None:
         )
     values = scores(judges, images, plain, load_images(places["images"]).images)
     pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}).to_parquet(work.out / "scores.parquet")
+    (work.out / "images").mkdir()
+    for i, image in enumerate(images):
+        image.save(work.out / "images" / f"{i:05d}.png")
     _save_rows(images, params["prompts"], settings["samples"], work.out / "images.png")
 
 

@@ -295,6 +295,14 @@ def report(batch_file: BatchFile, output: Output = None) -> None:
     print(f"made {folder / 'report.html'} and {folder / 'summary.json'}")
 
 
+@app.command()
+def study(study_file: Annotated[Path, typer.Argument(help="Study file: methods, concepts, seeds, tables.")]) -> None:
+    """Compare methods on the same concepts, prompts and seeds: tables, plots, grids. What is done is not repeated."""
+    from ray_jobs.study import run_study
+
+    print(f"made {run_study(study_file) / 'README.md'}")
+
+
 preference = typer.Typer(no_args_is_help=True, help="Ask people which method's images they prefer.")
 app.add_typer(preference, name="preference")
 

@@ -205,7 +205,8 @@ def ray_session() -> Iterator[None]:
         yield
         return
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    options: dict[str, Any] = {} if on_cluster else {"include_dashboard": False}
+    # "local": without it Ray also takes up a cluster that someone once started on this machine
+    options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
     ray.init(logging_level="ERROR", log_to_driver=False, **options)
     try:
         yield

@@ -1,0 +1,348 @@
+"""A study: variants of one batch measured on the same concepts, prompts and seeds, as tables and figures.
+
+A study file has what all share (`batch`, as in a batch file), the seeds, and tables of variants, each a batch with some
+settings changed. Every case is planned like any batch, so what a store has is not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from pydantic import Field
+
+from pipeline.evaluation.intervals import Estimate, mean
+from pipeline.evaluation.kid import kid
+from pipeline.evaluation.networks import clip_tower
+from pipeline.evaluation.retention import diversity
+from pipeline.plan import Plan, Stage, make_plan
+from pipeline.sampling import grid
+from pipeline.spec import Section, batch_from, clip_path, read_mapping, validated
+from pipeline.stages import regularization_set
+from pipeline.store import Store
+from retrieval.clip import load_clip
+from training.backbone import Backbone
+from training.methods import METHODS
+from training.weights import ConceptWeights
+
+SCORES = ("text", "image", "identity")
+HEADS = {
+    "text": "text alignment",
+    "image": "image alignment",
+    "identity": "identity",
+    "kid": "KID × 1000",
+    "drift": "class text, change",
+    "moongate": "class image, change",
+    "diversity": "diversity",
+}
+"""Measure -> head of its column; see docs/evaluation.md."""
+
+
+class Variant(Section):
+    name: str = Field(min_length=1)
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Of the batch: `{training: {method: dreambooth}}`."""
+
+
+class Table(Section):
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    """Of its files."""
+    title: str = ""
+    model: Literal["single", "merged"] = "single"
+    """What is measured: each concept's own weights, or all the concepts' together."""
+    concepts: tuple[str, ...] = ()
+    """Of the batch's; all when empty."""
+    variants: tuple[Variant, ...] = Field(min_length=1)
+
+
+class Study(Section):
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = "docs/study"
+    """Folder of tables and figures, relative to the working directory."""
+    store: str = "runs/{name}/store"
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """Of the training; the images' seeds are the same for all."""
+    batch: dict[str, Any]
+    """What all variants share, as in a batch file."""
+    tables: tuple[Table, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant with a seed. stages: concept -> `base`, `tuned` (with the concept), `class` (the tuned model asked for
+    the bare class) -> its evaluation."""
+
+    table: str
+    variant: str
+    seed: int
+    plan: Plan
+    stages: dict[str, dict[str, Stage]]
+
+
+def load_study(path: Path) -> Study:
+    """Raises: ValueError naming the file, the key, what was found and what is allowed."""
+    return validated(Study, read_mapping(path, "study file (.yaml)", "tables"), path)
+
+
+def cases(study: Study, path: Path) -> Iterator[Case]:
+    """Plan all of a study. path: of its file, which relative places are relative to.
+
+    Raises: ValueError naming the table and the variant whose batch is not right.
+    """
+    for table in study.tables:
+        for variant in table.variants:
+            for seed in study.seeds:
+                data = _changed(study.batch, variant.changes | {"name": study.name})
+                data["training"] = data.get("training", {}) | {"seed": seed}
+                try:
+                    for group in _groups(data, table):
+                        yield _case(table, variant.name, seed, make_plan(batch_from(data | {"concepts": group}, path)))
+                except ValueError as error:
+                    raise ValueError(f"{path}: table {table.name}, variant {variant.name!r}: {error}") from None
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(base)
+    for key, value in changes.items():
+        merged[key] = _changed(merged.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def _groups(data: dict[str, Any], table: Table) -> list[list[dict[str, Any]]]:
+    """The concepts of each batch: all, but where each has to be trained and kept alone."""
+    named = {concept.get("name"): concept for concept in data.get("concepts", [])}
+    if missing := set(table.concepts) - set(named):
+        raise ValueError(f"no concept {min(missing)!r} in the study's batch")
+    chosen = [concept for name, concept in named.items() if not table.concepts or name in table.concepts]
+    method = METHODS.get(data["training"].get("method", "custom_diffusion"))
+    alone = table.model == "single" and method is not None and not method.mergeable
+    return [[concept] for concept in chosen] if alone else [chosen]
+
+
+def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
+    stages = {}
+    for concept, models in plan.evaluations().items():
+        tuned = models[table.model]
+        _, class_word = tuned.params["phrase"]
+        bare = dataclasses.replace(
+            tuned, name=f"{tuned.name}, bare class", params=tuned.params | {"phrase": ["", class_word]}
+        )
+        stages[concept] = {"base": models["base"], "tuned": tuned, "class": bare}
+    wanted = [stage for each in stages.values() for stage in each.values()]
+    needed: dict[str, Stage] = {}
+
+    def need(stage: Stage) -> None:
+        for source in stage.inputs:
+            need(source)
+        needed[stage.key] = stage
+
+    for stage in wanted:
+        need(stage)
+    kinds = list(dict.fromkeys(stage.kind for stage in plan))
+    ordered = sorted(needed.values(), key=lambda stage: kinds.index(stage.kind))
+    return Case(table.name, variant, seed, Plan(plan.batch, tuple(ordered), plan.notes), stages)
+
+
+def results(made: Sequence[Case], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What was measured: scores, a row per image (`table`, `variant`, `seed` of the training, `concept`, `prompt`,
+    `image_seed`, the scores, `drift`, `moongate`), and summary, a row per table, variant and measure (`value`, `low`,
+    `high`, `samples`)."""
+    tower = clip_tower(load_clip(clip_path(made[0].plan.batch.evaluation.clip)))
+    real: dict[str, np.ndarray] = {}
+    for case in made:
+        for stage in case.plan.of("regularization"):
+            if stage.name not in real:
+                images = [image for image, _ in regularization_set(store.path(stage.kind, stage.key))]
+                real[stage.name] = tower.features(images)
+    frames, summaries = [], []
+    for (table, variant), group in _grouped(made):
+        scores = pd.concat([_scores(case, concept, store) for case in group for concept in case.stages])
+        frames.append(scores)
+        found: dict[str, Estimate] = {}
+        for measure in (*SCORES, "drift", "moongate"):
+            if measure in scores:
+                found[measure] = mean(scores[measure].to_numpy())
+        distances: list[Estimate] = []
+        spreads: list[Estimate] = []
+        for concept in dict.fromkeys(concept for case in group for concept in case.stages):
+            own = [case.stages[concept] for case in group if concept in case.stages]
+            if concept in real:
+                distances.append(
+                    kid(np.concatenate([tower.features(_images(s["class"], store)) for s in own]), real[concept])
+                )
+            for stages in own:
+                prompts = _table(stages["tuned"], store)["prompt"].tolist()
+                if len(prompts) > len(set(prompts)):
+                    spreads += diversity(tower.features(_images(stages["tuned"], store)), prompts).values()
+        if distances:
+            found["kid"] = _average(distances, 1000.0)
+        if spreads:
+            found["diversity"] = _average(spreads)
+        summaries += [{"table": table, "variant": variant, "measure": m} | asdict(e) for m, e in found.items()]
+    return pd.concat(frames, ignore_index=True), pd.DataFrame(summaries)
+
+
+def _grouped(made: Sequence[Case]) -> list[tuple[tuple[str, str], list[Case]]]:
+    groups: dict[tuple[str, str], list[Case]] = {}
+    for case in made:
+        groups.setdefault((case.table, case.variant), []).append(case)
+    return list(groups.items())
+
+
+def _table(stage: Stage, store: Store) -> pd.DataFrame:
+    return pd.read_parquet(store.path(stage.kind, stage.key) / "scores.parquet")
+
+
+def _images(stage: Stage, store: Store) -> list[Image.Image]:
+    return [Image.open(file) for file in sorted((store.path(stage.kind, stage.key) / "images").iterdir())]
+
+
+def _scores(case: Case, concept: str, store: Store) -> pd.DataFrame:
+    base, tuned, bare = (_table(case.stages[concept][which], store) for which in ("base", "tuned", "class"))
+    place = {"table": case.table, "variant": case.variant, "seed": case.seed, "concept": concept}
+    frame = tuned.drop(columns="model").rename(columns={"seed": "image_seed"}).assign(**place)
+    return frame.assign(drift=bare["text"] - base["text"], moongate=bare["image"] - base["image"])
+
+
+def _average(estimates: Sequence[Estimate], scale: float = 1.0) -> Estimate:
+    """Mean of independent estimates, with the interval that their intervals give it."""
+    value = float(np.mean([e.value for e in estimates]))
+    half = float(np.sqrt(np.square([(e.high - e.low) / 2 for e in estimates]).sum()) / len(estimates))
+    return Estimate(scale * value, scale * (value - half), scale * (value + half), sum(e.samples for e in estimates))
+
+
+def weight_changes(made: Sequence[Case], store: Store, backbone: Backbone) -> pd.DataFrame:
+    """Where whole UNets trained: the mean over layers of ||W - W_0|| / ||W_0|| by type (figure 2 of the paper).
+
+    Returns: a row per case and type of layer: `table`, `variant`, `seed`, `layers`, `change`, `count`.
+    """
+    weights = dict(backbone.unet.named_parameters())
+    rows = []
+    for case in made:
+        if METHODS[case.plan.batch.training.method].unet != "all":
+            continue
+        for stage in case.plan.of("train"):
+            deltas = ConceptWeights.load(store.path(stage.kind, stage.key) / "weights.safetensors").deltas
+            changes: dict[str, list[float]] = {}
+            for name, delta in deltas.items():
+                plain = name.removeprefix("unet.")
+                weight = weights.get(plain, weights.get(f"{plain}.weight"))
+                if weight is None or weight.ndim < 2 or not torch.any(weight):
+                    continue
+                kind = "cross-attention" if ".attn2." in name else "self-attention" if ".attn1." in name else "the rest"
+                changes.setdefault(kind, []).append(float(delta.float().norm() / weight.float().norm()))
+            place = {"table": case.table, "variant": case.variant, "seed": case.seed}
+            rows += [place | {"layers": k, "change": float(np.mean(v)), "count": len(v)} for k, v in changes.items()]
+    return pd.DataFrame(rows, columns=["table", "variant", "seed", "layers", "change", "count"])
+
+
+def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Backbone, folder: Path) -> None:
+    """`README.md` with a table and a plot for each of the study's, `scores.parquet`, `summary.parquet`, pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, summary = results(made, store)
+    scores.to_parquet(folder / "scores.parquet")
+    summary.to_parquet(folder / "summary.parquet")
+    changes = weight_changes(made, store, backbone)
+    text = [f"# {study.name}", ""]
+    concepts = list(dict.fromkeys(concept for case in made for concept in case.stages))
+    seeds = ", ".join(map(str, study.seeds))
+    text += [
+        f"{len(concepts)} concepts ({', '.join(concepts)}), training seeds {seeds}. Means with 95 % intervals by "
+        "bootstrap over images; what each measure is: docs/evaluation.md.",
+        "",
+    ]
+    for table in study.tables:
+        own = summary[summary.table == table.name]
+        base = _base_scores([case for case in made if case.table == table.name], store)
+        _plot(table, own, base, folder / f"{table.name}.png")
+        _samples(table, made, store, folder / f"{table.name}-samples.png")
+        text += [f"## {table.title or table.name}", "", *_markdown(table, own, base, made, store), ""]
+        text += [f"![text against image alignment]({table.name}.png)", ""]
+        text += [f"![samples: a row per variant]({table.name}-samples.png)", ""]
+        if len(moved := changes[changes.table == table.name]):
+            text += ["| variant | layers | mean relative change |", "| --- | --- | --- |"]
+            for (variant, layers), rows in moved.groupby(["variant", "layers"], sort=False):
+                text.append(f"| {variant} | {layers} | {rows.change.mean():.2e} |")
+            text.append("")
+    (folder / "README.md").write_text("\n".join(text))
+
+
+def _base_scores(made: Sequence[Case], store: Store) -> dict[str, float]:
+    """Means of the base over the concepts, each once."""
+    stages = {concept: stages["base"] for case in made for concept, stages in case.stages.items()}
+    scores = pd.concat([_table(stage, store) for stage in stages.values()])
+    return {score: float(scores[score].mean()) for score in SCORES if score in scores}
+
+
+def _markdown(
+    table: Table, own: pd.DataFrame, base: dict[str, float], made: Sequence[Case], store: Store
+) -> Iterator[str]:
+    measures = [measure for measure in HEADS if measure in set(own.measure)]
+    yield f"| | {' | '.join(HEADS[measure] for measure in measures)} | images | seconds of training | MB |"
+    yield "| --- " * (len(measures) + 4) + "|"
+    cells = [f"{base[measure]:.3f}" if measure in base else "" for measure in measures]
+    yield f"| base | {' | '.join(cells)} | | | |"
+    for variant in table.variants:
+        rows = own[own.variant == variant.name].set_index("measure")
+        cells = []
+        for measure in measures:
+            if measure in rows.index:
+                row = rows.loc[measure]
+                cells.append(f"{row.value:.3f} ({row.low:.3f} – {row.high:.3f})")
+            else:
+                cells.append("")
+        trained = {
+            s.key: s for c in made if (c.table, c.variant) == (table.name, variant.name) for s in c.plan.of("train")
+        }
+        seconds = np.mean([store.manifest("train", key)["seconds"] for key in trained])
+        sizes = [(store.path("train", key) / "weights.safetensors").stat().st_size for key in trained]
+        count = int(rows.loc["text"].samples)
+        yield f"| {variant.name} | {' | '.join(cells)} | {count} | {seconds:.0f} | {np.mean(sizes) / 1e6:.2f} |"
+
+
+def _plot(table: Table, own: pd.DataFrame, base: dict[str, float], path: Path) -> None:
+    """Text alignment against image alignment (figure 8 of the paper), beside identity where it is measured."""
+    across = [score for score in ("image", "identity") if score in set(own.measure)]
+    figure, axes = plt.subplots(1, len(across), figsize=(5 * len(across), 4), squeeze=False)
+    wide = {measure: rows.set_index("variant") for measure, rows in own.groupby("measure")}
+    for axis, score in zip(axes[0], across, strict=True):
+        for variant in table.variants:
+            x, y = wide[score].loc[variant.name], wide["text"].loc[variant.name]
+            axis.errorbar(
+                [x.value],
+                [y.value],
+                xerr=[[x.value - x.low], [x.high - x.value]],
+                yerr=[[y.value - y.low], [y.high - y.value]],
+                fmt="o",
+                label=variant.name,
+            )
+        axis.plot([base[score]], [base["text"]], "k*", label="base")
+        axis.set(xlabel=f"{HEADS[score]}", ylabel=HEADS["text"])
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _samples(table: Table, made: Sequence[Case], store: Store, path: Path) -> None:
+    """A row per variant: the first image of each prompt, of each concept and the first seed."""
+    rows, labels = [], []
+    for variant in table.variants:
+        row: list[Image.Image] = []
+        for case in made:
+            if (case.table, case.variant, case.seed) == (table.name, variant.name, made[0].seed):
+                for stages in case.stages.values():
+                    images, prompts = _images(stages["tuned"], store), _table(stages["tuned"], store)["prompt"]
+                    row += [images[i] for i in range(len(images)) if i == 0 or prompts[i] != prompts[i - 1]]
+        rows.append(row[:12])
+        labels.append(variant.name)
+    grid(rows, labels=labels, side=80).save(path)

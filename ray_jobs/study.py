@@ -1,0 +1,30 @@
+"""`polyconcept study`: make what a study compares, case by case, then its tables and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.spec import base_path
+from pipeline.store import Store
+from pipeline.study import cases, load_study, write_study
+from ray_jobs.concept_batch import StageFailed, ray_session, run_stages
+from training.backbone import load_backbone
+
+
+def run_study(path: Path) -> Path:
+    """Do all that a study file asks for and is not done yet; returns the folder of its tables.
+
+    Raises: ValueError for bad input, before anything runs; StageFailed naming what failed.
+    """
+    study = load_study(path)
+    made = list(cases(study, path))
+    store = Store(study.store.replace("{name}", study.name))
+    if any(case.plan.todo(store) for case in made):
+        with ray_session():
+            for number, case in enumerate(made, 1):
+                print(f"{number} of {len(made)}: {case.table}, {case.variant}, seed {case.seed}", flush=True)
+                if failed := run_stages(case.plan, store):
+                    raise StageFailed("\n".join(failed))
+    folder = Path(study.output)
+    write_study(study, made, store, load_backbone(base_path(made[0].plan.batch.base)), folder)
+    return folder

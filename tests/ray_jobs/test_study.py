@@ -1,0 +1,89 @@
+"""A small study on real Ray: two methods, one concept; its files, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.miniature.world import concept_images
+from pipeline.study import cases, load_study
+from ray_jobs import cli
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bus").mkdir()
+    for i, image in enumerate(concept_images("bus", "streamline-emojis", 2, seed=0)):
+        image.save(tmp_path / "bus" / f"{i}.png")
+    small = {"steps": 2, "batch_size": 2, "views": 2, "regularization": "none"}
+    content = {
+        "name": "small",
+        "output": "tables",
+        "batch": {
+            "concepts": [{"name": "bus", "images": "bus", "class_word": "bus"}],
+            "training": small,
+            "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "prompts": ["photo of a {}", "{} in the snow"]},
+        },
+        "tables": [
+            {
+                "name": "single",
+                "title": "Single concept",
+                "variants": [
+                    {"name": "Custom Diffusion"},
+                    {"name": "everything", "changes": {"training": {"method": "custom_diffusion_all"}}},
+                ],
+            }
+        ],
+    }
+
+    def write(**changes):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return path
+
+    return write
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.slow
+def test_tables_and_figures(study, tmp_path, capsys):
+    path = study()
+    code, out, err = run(capsys, "study", str(path))
+    assert code == 0, err
+    assert "made tables/README.md" in out
+    text = (tmp_path / "tables" / "README.md").read_text()
+    assert "## Single concept" in text and "| Custom Diffusion |" in text and "| everything | cross-attention |" in text
+    scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
+    assert scores.groupby("variant").size().to_dict() == {"Custom Diffusion": 4, "everything": 4}
+    summary = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index(["variant", "measure"])
+    for variant, rows in scores.groupby("variant"):
+        for measure in ("text", "image", "drift", "moongate"):
+            row = summary.loc[(variant, measure)]
+            assert row.value == pytest.approx(rows[measure].mean()) and row.low <= row.value <= row.high
+    assert Image.open(tmp_path / "tables" / "single-samples.png").size == (160, 2 * 96)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("manifest.json")}
+    assert run(capsys, "study", str(path))[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("manifest.json")} == stamps
+
+
+def test_cases_and_what_is_wrong_with_a_study(study, capsys):
+    path = study(seeds=[0, 1])
+    made = list(cases(load_study(path), path))
+    assert [(c.variant, c.seed) for c in made] == [(v, s) for v in ("Custom Diffusion", "everything") for s in (0, 1)]
+    base = {c.stages["bus"]["base"].key for c in made}
+    assert len(base) == 1 and len({c.stages["bus"]["tuned"].key for c in made}) == 4
+    assert {stage.kind for stage in made[0].plan} == {"features", "train", "evaluate"}
+    broken = [{"name": "t", "variants": [{"name": "v", "changes": {"training": {"stepz": 1}}}]}]
+    code, _, err = run(capsys, "study", str(study(tables=broken)))
+    assert code == 2 and "table t, variant 'v'" in err and "stepz: unknown key; did you mean 'steps'" in err
+    code, _, err = run(capsys, "study", str(study(tables=[{"name": "t", "variants": []}])))
+    assert code == 2 and "tables[0].variants" in err
