@@ -1,7 +1,7 @@
 """The model card: `README.md` of a release, with Hugging Face front matter and code that runs as it stands.
 
-Its code names a precision: of bases stored in float16, transformers loads the text encoder as such and diffusers the rest
-in float32, which do not go together.
+Its code names a precision: of bases stored in float16, transformers loads the text encoder as such and diffusers the
+rest in float32, which do not go together.
 """
 
 from __future__ import annotations
