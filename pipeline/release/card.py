@@ -1,4 +1,8 @@
-"""The model card: `README.md` of a release, with Hugging Face front matter and code that runs as it stands."""
+"""The model card: `README.md` of a release, with Hugging Face front matter and code that runs as it stands.
+
+Its code names a precision: of bases stored in float16, transformers loads the text encoder as such and diffusers the
+rest in float32, which do not go together.
+"""
 
 from __future__ import annotations
 
@@ -151,14 +155,15 @@ def _load_tokens(tokens: Sequence[str], two_encoders: bool) -> str:
 
 def _table(concepts: Sequence[CardConcept]) -> str:
     measures = list(dict.fromkeys(m for c in concepts for m in c.measures))
-    header = ["concept", "write", "class word", *measures, "residual of the merge"]
+    merged = any(c.residual is not None for c in concepts)
+    header = ["concept", "write", "class word", *measures, *(["residual of the merge"] if merged else [])]
     rows = [
         [
             _cell(c.name),
             f"<code>{_cell(c.phrase)}</code>",
             _cell(c.class_word),
             *(f"{c.measures[m]:.3f}" if m in c.measures else "" for m in measures),
-            "" if c.residual is None else f"{c.residual:.1e}",
+            *(["" if c.residual is None else f"{c.residual:.1e}"] if merged else []),
         ]
         for c in concepts
     ]
@@ -207,13 +212,15 @@ Run in this folder, or set `RELEASE` to where it is.
 ### As a LoRA
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 {{- "\nfrom safetensors.torch import load_file" if two_encoders }}
 
 BASE = {{ base_code }}
 RELEASE = "."
 
-pipe = DiffusionPipeline.from_pretrained(BASE)  # with a GPU: .to("cuda")
+pipe = DiffusionPipeline.from_pretrained(BASE)
+pipe.to(torch.float32)  # with a GPU: pipe.to("cuda", torch.float16)
 pipe.load_lora_weights(RELEASE, weight_name="{{ lora }}")
 {{ load_tokens }}
 image = pipe({{ prompt_code }}).images[0]
@@ -226,13 +233,15 @@ image.save("lora.png")
 ([diffusers#9320](https://github.com/huggingface/diffusers/issues/9320)).
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 {{- "\nfrom safetensors.torch import load_file" if two_encoders }}
 
 BASE = {{ base_code }}
 RELEASE = "."
 
-pipe = DiffusionPipeline.from_pretrained(BASE)  # with a GPU: .to("cuda")
+pipe = DiffusionPipeline.from_pretrained(BASE)
+pipe.to(torch.float32)  # with a GPU: pipe.to("cuda", torch.float16)
 pipe.unet.load_attn_procs(RELEASE, weight_name="{{ custom_diffusion }}", _pipeline=pipe)
 {{ load_tokens }}
 image = pipe({{ prompt_code }}).images[0]
@@ -241,6 +250,7 @@ image.save("custom_diffusion.png")
 {%- else %}
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 {%- for library, loader in parts.values() %}
 from {{ library }} import {{ loader }}
@@ -253,7 +263,8 @@ RELEASE = "."
 {% for part, (_, loader) in parts.items() -%}
 {{ part }} = {{ loader }}.from_pretrained(RELEASE, subfolder="{{ part }}")
 {% endfor -%}
-pipe = DiffusionPipeline.from_pretrained({{ loaded }})  # with a GPU: .to("cuda")
+pipe = DiffusionPipeline.from_pretrained({{ loaded }})
+pipe.to(torch.float32)  # with a GPU: pipe.to("cuda", torch.float16)
 {{ load_tokens }}
 image = pipe({{ prompt_code }}).images[0]
 image.save("image.png")
