@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -72,13 +73,14 @@ def test_workers_come_later(plan, tmp_path, capsys):
     """A head that computes nothing, as where an autoscaler keeps no worker without work."""
     store = Store(str(tmp_path / "store"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    worker = threading.Timer(3, cluster.add_node, kwargs={"num_cpus": 1})
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        worker.start()
-        assert run_stages(Plan(plan.batch, tuple(plan.of("features")), ()), store) == []
+        with ThreadPoolExecutor() as pool:  # nodes are started by the main thread only
+            outcome = pool.submit(run_stages, Plan(plan.batch, tuple(plan.of("features")), ()), store)
+            time.sleep(3)
+            cluster.add_node(num_cpus=1)
+            assert outcome.result(timeout=120) == []
     finally:
-        worker.cancel()
         ray.shutdown()
         cluster.shutdown()
     assert all(store.has(stage.kind, stage.key) for stage in plan.of("features"))
