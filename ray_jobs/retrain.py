@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from pipeline.gate import Verdict, baseline, judge, scores_of
 from pipeline.plan import Plan
 from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
-from pipeline.release.publish import alias_of, keep_candidate, publish
-from pipeline.release.versions import Version, changes, listed
+from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish
+from pipeline.release.versions import Version, changes
 from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
 from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
@@ -77,20 +78,20 @@ def retrain(asked: Retraining, wait: float = 0) -> Outcome:
     return outcome
 
 
-def _retrain(asked: Retraining, check_lease: Any) -> Outcome:
+def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     destination = asked.release_url.rstrip("/")
     concepts, left_out = _usable(asked)
     store = Store(asked.store_url)
     store.sweep()
     plan, unusable = plan_usable(asked.with_concepts(concepts))
     left_out |= unusable
-    latest, newest, rolled_back = _published(destination)
+    latest, rolled_back = _published(destination)
     _log_comparison(plan, latest)
+    known = {_release_key(version) for version in (latest, *rolled_back) if version}
 
     def unchanged(plan: Plan) -> bool:
-        """Whether this is released already: as the latest, or as what was rolled back from and is not wanted."""
-        same = newest is not None and _release_key(newest) == plan.stages[-1].key
-        return same and (newest == latest or (newest is not None and newest.name in rolled_back))
+        """Whether this is the latest release already, or what people rolled back from and do not want."""
+        return plan.stages[-1].key in known
 
     failed: list[str] = []
     verdicts: list[Verdict] = []
@@ -103,7 +104,8 @@ def _retrain(asked: Retraining, check_lease: Any) -> Outcome:
     reasons = (*left_out.values(), *failed)
     if unchanged(plan):
         version = latest.name if latest else ""
-        log.info("nothing changed", extra={"latest": version, "rolled_back": newest != latest, "left_out": reasons})
+        names = [left.name for left in rolled_back]
+        log.info("nothing changed", extra={"latest": version, "rolled_back": names, "left_out": reasons})
         _push(asked, f"{destination}/{version}")
         return Outcome(_exit(reasons), f"{destination}/{version}", reasons)
     for verdict in verdicts:
@@ -138,18 +140,21 @@ def _usable(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
     return concepts, problems
 
 
-def _published(destination: str) -> tuple[Version | None, Version | None, list[str]]:
-    """The latest release, the newest whole one, and those that were rolled back from."""
+def _published(destination: str) -> tuple[Version | None, list[Version]]:
+    """The latest release, and those that were rolled back from."""
     fs, root = url_to_fs(destination)
+    fs.invalidate_cache()
     content = alias_of(fs, root)
-    whole = [version for version in listed(destination) if version.manifest]
-    latest = next((version for version in whole if version.name == content.get("version")), None)
-    if content and latest is None:
+    if not content:
+        return None, []
+    names = (content["version"], *content.get("rolled_back", ()))
+    latest, *rolled_back = (Version(name, manifest_of(fs, root, name), ()) for name in names)
+    if not latest.manifest:
         raise ValueError(
-            f"{destination}: latest.json names {content['version']}, which is not there whole; "
+            f"{destination}: latest.json names {latest.name}, which is not there whole; "
             "`polyconcept release promote` another"
         )
-    return latest, whole[-1] if whole else None, content.get("rolled_back", [])
+    return latest, [version for version in rolled_back if version.manifest]
 
 
 def _release_key(version: Version) -> str:
@@ -195,7 +200,7 @@ def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> 
         return keep_candidate(folder, destination, last.key, facts)
 
 
-def _exit(left_out: Any) -> Exit:
+def _exit(left_out: Sequence[str]) -> Exit:
     return Exit.PARTIAL if left_out else Exit.DONE
 
 

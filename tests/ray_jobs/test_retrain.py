@@ -140,7 +140,7 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     code, out, _, err = run("release", "rollback", str(releases), capsys=capsys)
     assert (code, out) == (0, "latest is v0001, was v0002\n"), err
     code, out, log, _ = run("retrain", "retrain.yaml", capsys=capsys)
-    assert code == 0 and events(log, "nothing changed")[0]["rolled_back"] is True
+    assert code == 0 and events(log, "nothing changed")[0]["rolled_back"] == ["v0002"]
     assert latest() == "v0001"
     assert run("release", "promote", f"{releases}/v0002", capsys=capsys)[1] == "latest is v0002\n"
     # after all: what the gate refused is what people want
