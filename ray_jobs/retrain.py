@@ -33,6 +33,7 @@ from pipeline.release.versions import Version, changes
 from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
 from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
+from ray_jobs.metrics import GATE
 
 log = logging.getLogger("polyconcept.retrain")
 
@@ -101,6 +102,8 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
             if not unchanged(plan):
                 wanted = {c.name for c in concepts} | set(left_out)
                 verdicts = _compare(asked, plan, store, destination, latest, wanted)
+                passed = all(verdict.passed for verdict in verdicts)
+                GATE.inc(tags={"batch": asked.name, "result": "passed" if passed else "refused"})
     reasons = (*left_out.values(), *failed)
     if unchanged(plan):
         version = latest.name if latest else ""

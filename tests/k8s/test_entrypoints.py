@@ -91,7 +91,7 @@ def start(overlay: str, folder: Path, environment: dict[str, str], **changes: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["batch"])
+@pytest.mark.parametrize("overlay", ["batch", "cron"])
 def test_entrypoints(cluster, tmp_path, overlay):
     done = start(overlay, tmp_path, cluster[0])
     assert done.returncode == 0, done.stdout + done.stderr
