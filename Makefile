@@ -24,4 +24,4 @@ lint: setup ## Check format, lint and types
 	$(BIN)/hadolint k8s/Dockerfile
 
 test: setup lint ## Run the tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile

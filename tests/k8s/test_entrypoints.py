@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,8 +37,9 @@ def _health() -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """(environment of a job's driver, address of the metrics) of a head as KubeRay starts it, with a token."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: the names of sockets have room for 107 letters
     port, dashboard, agent, metrics = (_free_port() for _ in range(4))
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
@@ -47,7 +50,7 @@ def cluster(tmp_path_factory):
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2"]
-    command += [f"--metrics-export-port={metrics}", f"--temp-dir={tmp_path_factory.mktemp('r')}"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={folder}"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
         try:
             until = time.monotonic() + 120
@@ -57,6 +60,8 @@ def cluster(tmp_path_factory):
             yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, f"http://127.0.0.1:{metrics}/metrics"
         finally:
             head.terminate()
+            head.wait()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(url: str) -> bool:

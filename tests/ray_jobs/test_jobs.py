@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +29,9 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """(address, environment) of a cluster of this machine that asks for a token."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: the names of sockets have room for 107 letters
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
@@ -37,12 +40,24 @@ def cluster(tmp_path_factory):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs start `python`
     }
     dashboard, port = _free_port(), _free_port()
-    command = [RAY, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    yield f"http://127.0.0.1:{dashboard}", environment
-    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, timeout=60)
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--temp-dir={folder}", "--disable-usage-stats"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        try:
+            until = time.monotonic() + 120
+            while not _listens(dashboard):
+                assert head.poll() is None and time.monotonic() < until
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            head.terminate()
+            head.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
