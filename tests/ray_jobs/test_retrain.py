@@ -176,7 +176,9 @@ def test_killed_while_publishing(catalogue, tmp_path, capsys):
     (catalogue / "outlined-cat/concept.yaml").unlink()  # no concept yet
 
     def killed_at(where: str, *options: str) -> None:
-        done = subprocess.run([sys.executable, "-c", KILLED, where, *options], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, where, *options], capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr
 
     killed_at("files")
