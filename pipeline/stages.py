@@ -32,7 +32,7 @@ from pipeline.merge.constraints import (
 )
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_weights
-from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
+from pipeline.merge.solve import Sums, damped_gram, merge, merge_sums, report
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
@@ -320,7 +320,7 @@ def merge_concepts(work: Work) -> None:
     captions = _captions(work.inputs.get("regularization", []), settings["captions"], concepts)
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    gram, scale = damped_gram(rows, settings["damping"])
+    gram, _ = damped_gram(rows, settings["damping"])
     if "train" in work.inputs:
         # one set of weights (a single concept, or joint training) needs no merge, only compression
         deltas = ConceptWeights.load(work.input("train") / "weights.safetensors").deltas
@@ -328,8 +328,9 @@ def merge_concepts(work: Work) -> None:
         solved = report(full, _constraints(work), rows, base)
     elif "sums" in work.inputs:
         sums = functools.reduce(operator.add, (Sums.load(path / "sums.safetensors") for path in work.inputs["sums"]))
-        full, condition = solve_soft(sums, gram, settings["penalty"] * scale)
-        solved = report(full, _constraints(work), rows, base, form="soft", condition=condition)
+        full, solved = merge_sums(
+            sums, _constraints(work), rows, base, damping=settings["damping"], penalty=settings["penalty"]
+        )
     else:
         full, solved = merge(
             list(_constraints(work)),

@@ -28,12 +28,21 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
+    with _open(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file, not a dict)
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, whose tensors are not read."""
+    with _open(path) as f:
+        return f.metadata() or {}
+
+
+def _open(path: Path) -> Any:
     try:
-        f = safe_open(path, framework="pt")
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    with f:
-        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file, not a dict)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

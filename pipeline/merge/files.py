@@ -17,11 +17,11 @@ import torch
 from pipeline.merge.compress import in_half
 from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
-from pipeline.merge.solve import MergeReport, Sums, damped_gram, merge, report, solve_soft
+from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums
 from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
-from training.checkpoint import load_tensors
+from training.checkpoint import load_metadata, load_tensors
 from training.weights import ConceptWeights, token_tensors, tokens_from
 
 DEFAULTS = Merge()
@@ -29,8 +29,7 @@ DEFAULTS = Merge()
 
 def load_weights(path: Path) -> ConceptWeights | MergedModel:
     """Concept weights or a merged model, as the file says. Raises: ValueError when it is neither."""
-    _, metadata = load_tensors(path)
-    kind = json.loads(metadata.get("polyconcept", "{}")).get("kind")
+    kind = json.loads(load_metadata(path).get("polyconcept", "{}")).get("kind")
     return (ConceptWeights if kind == "concept_weights" else MergedModel).load(path)
 
 
@@ -92,10 +91,9 @@ def merge_files(
         parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])
         total: Sums = functools.reduce(operator.add, parts)
         merged = dataclasses.replace(merged, sums=total)
-        gram, scale = damped_gram(rows, DEFAULTS.damping)
-        model, condition = solve_soft(total, gram, DEFAULTS.penalty * scale)
-        result = report(model, constraints, rows, weights_of_layers, form="soft", condition=condition)
-        result = dataclasses.replace(result, rows=total.rows)
+        model, result = merge_sums(
+            total, constraints, rows, weights_of_layers, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
+        )
     else:
         model, result = merge(
             constraints, rows, weights_of_layers, form=form, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
@@ -123,7 +121,7 @@ class _Merged:
             raise ValueError(f"{path}: holds no sums of a merge; found {sorted(tensors)[:3]}")
         described = json.loads(metadata["merged"])
         _check_base(path, described["base"], backbone)
-        return cls(Sums.load(path), tokens_from(tensors), described["concepts"])
+        return cls(Sums.of(tensors, metadata), tokens_from(tensors), described["concepts"])
 
     def save(self, path: Path, backbone: Backbone) -> None:
         assert self.sums

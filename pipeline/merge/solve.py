@@ -19,6 +19,7 @@ concepts. Everything is float64.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,11 @@ class Sums:
 
     @classmethod
     def load(cls, path: Path) -> Sums:
-        tensors, metadata = load_tensors(path)
+        return cls.of(*load_tensors(path))
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Sums:
+        """From a file's content."""
         cross = {k.removeprefix("cross."): v for k, v in tensors.items() if k.startswith("cross.")}
         return cls(tensors["gram"], cross, tuple(json.loads(metadata["names"])), int(metadata["rows"]))
 
@@ -161,6 +166,22 @@ def merge(
     taken: Literal["hard", "soft"] = "hard" if solved else "soft"
     model, condition = solved or solve_soft(Sums.over(constraints), gram, penalty * scale)
     return model, report(model, constraints, regularization, base, form=taken, condition=condition)
+
+
+def merge_sums(
+    sums: Sums,
+    constraints: Iterable[Constraint],
+    regularization: torch.Tensor,
+    base: dict[str, torch.Tensor],
+    *,
+    damping: float,
+    penalty: float,
+) -> tuple[MergedModel, MergeReport]:
+    """As `merge`, in the soft form, from sums; `constraints` are those that the report measures, none are needed."""
+    gram, scale = damped_gram(regularization, damping)
+    model, condition = solve_soft(sums, gram, penalty * scale)
+    measured = report(model, constraints, regularization, base, form="soft", condition=condition)
+    return model, dataclasses.replace(measured, rows=sums.rows)
 
 
 def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[MergedModel, float]:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import run
 from PIL import Image
 
 from pipeline.miniature.world import concept_images
 from pipeline.spec import MINIATURE
-from ray_jobs import cli
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
 
@@ -47,17 +47,6 @@ def batch(tmp_path, monkeypatch):
         return path
 
     return write
-
-
-def run(*arguments: str, capsys) -> tuple[int, str, str]:
-    try:
-        cli.main(list(arguments))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys):

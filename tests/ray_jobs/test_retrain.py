@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import command
 import pytest
 import yaml
 
 from pipeline.miniature.world import concept_images
 from pipeline.release.publish import verify
-from ray_jobs import cli
 
 CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
 
@@ -47,13 +47,7 @@ def catalogue(tmp_path, monkeypatch) -> Path:
 
 def run(*arguments: str, capsys) -> tuple[int, str, list[dict], str]:
     """Exit code, stdout, the log's records, the other lines of stderr."""
-    try:
-        cli.main(list(arguments))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
+    code, out, err = command.run(*arguments, capsys=capsys)
     lines = err.splitlines()
     log = [json.loads(line) for line in lines if line.startswith("{")]
     return code, out, log, "\n".join(line for line in lines if not line.startswith("{"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import yaml
+from command import run
 from PIL import Image
 
 from pipeline.miniature.world import concept_images
 from pipeline.study import cases, load_study
-from ray_jobs import cli
 
 
 @pytest.fixture
@@ -47,17 +47,10 @@ def study(tmp_path, monkeypatch):
     return write
 
 
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(list(arguments))
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
-
-
 @pytest.mark.slow
 def test_tables_and_figures(study, tmp_path, capsys):
     path = study()
-    code, out, err = run(capsys, "study", str(path))
+    code, out, err = run("study", str(path), capsys=capsys)
     assert code == 0, err
     assert "made tables/README.md" in out
     text = (tmp_path / "tables" / "README.md").read_text()
@@ -71,7 +64,7 @@ def test_tables_and_figures(study, tmp_path, capsys):
             assert row.value == pytest.approx(rows[measure].mean()) and row.low <= row.value <= row.high
     assert Image.open(tmp_path / "tables" / "single-samples.png").size == (160, 2 * 96)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("manifest.json")}
-    assert run(capsys, "study", str(path))[0] == 0
+    assert run("study", str(path), capsys=capsys)[0] == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("manifest.json")} == stamps
 
 
@@ -83,7 +76,7 @@ def test_cases_and_what_is_wrong_with_a_study(study, capsys):
     assert len(base) == 1 and len({c.stages["bus"]["tuned"].key for c in made}) == 4
     assert {stage.kind for stage in made[0].plan} == {"features", "train", "evaluate"}
     broken = [{"name": "t", "variants": [{"name": "v", "changes": {"training": {"stepz": 1}}}]}]
-    code, _, err = run(capsys, "study", str(study(tables=broken)))
+    code, _, err = run("study", str(study(tables=broken)), capsys=capsys)
     assert code == 2 and "table t, variant 'v'" in err and "stepz: unknown key; did you mean 'steps'" in err
-    code, _, err = run(capsys, "study", str(study(tables=[{"name": "t", "variants": []}])))
+    code, _, err = run("study", str(study(tables=[{"name": "t", "variants": []}])), capsys=capsys)
     assert code == 2 and "tables[0].variants" in err
