@@ -31,7 +31,10 @@ def client(address: str | None) -> JobSubmissionClient:
 
 
 def submit(batch_file: Path, address: str | None, output: str | None) -> str:
-    """Check the batch here, then start it there. Returns the job's id."""
+    """Check the batch here, then start it there. Returns the job's id.
+
+    Raises: ValueError when there is no such cluster, or it does not take the job.
+    """
     batch = load_batch(batch_file)
     batch = batch.model_copy(update={"output": output}) if output else batch
     batch.check_places()
@@ -40,12 +43,19 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
     if outside:
         raise ValueError(f"{batch_file}: {outside[0]} is not in {folder}: only the batch's own folder is sent along")
     entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *(["--output", output] if output else [])]
-    return client(address).submit_job(
-        entrypoint=shlex.join(entrypoint),
-        submission_id=f"{batch.name}-{secrets.token_hex(3)}",
-        runtime_env={"working_dir": str(folder)},
-        metadata={"batch": batch.name},
-    )
+    connection = client(address)
+    try:
+        return connection.submit_job(
+            entrypoint=shlex.join(entrypoint),
+            submission_id=f"{batch.name}-{secrets.token_hex(3)}",
+            runtime_env={"working_dir": str(folder)},
+            metadata={"batch": batch.name},
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the cluster did not take the job: {str(error).strip().splitlines()[0]} "
+            "(a head that has just started takes jobs after some seconds)"
+        ) from None
 
 
 def jobs(address: str | None) -> list[JobDetails]:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,3 +87,69 @@ def same_weights(backbone: Backbone):
                 assert (row - expected).norm() < 1e-5 * expected.norm(), token
 
     return check
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray head of this machine that asks for a token, and where it listens."""
+
+    environment: dict[str, str]  # of a client that is let in
+    address: str
+    dashboard: str
+    agent: str
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: the names of sockets have room for 107 letters
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PATH": f"{binaries}:{os.environ['PATH']}",  # jobs start `python`
+    }
+    # the default port of the agent, which starts jobs, may be taken: by the clusters of tests beside this one
+    port, dashboard, agent, metrics = _free_ports(4)
+    command = [str(binaries / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={folder}"]
+    made = Cluster(
+        environment,
+        f"127.0.0.1:{port}",
+        f"http://127.0.0.1:{dashboard}",
+        f"http://127.0.0.1:{agent}",
+        f"http://127.0.0.1:{metrics}/metrics",
+    )
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        try:
+            until = time.monotonic() + 120
+            while not (_answers(f"{made.agent}/api/local_raylet_healthz") and _answers(made.dashboard)):
+                assert head.poll() is None and time.monotonic() < until
+                time.sleep(0.5)
+            yield made
+        finally:
+            head.terminate()
+            head.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it wants the token
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False

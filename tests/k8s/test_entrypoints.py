@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shlex
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -24,52 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.miniature.world import concept_images
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _health() -> str:
-    """The path that the manifests' probes ask for."""
+def test_probes(cluster):
+    """The path that the manifests ask answers on a head that KubeRay would start so."""
     (path,) = {n["httpGet"]["path"] for o in objects("dev") for n in walk(o) if "httpGet" in n}
-    return path
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """(environment of a job's driver, address of the metrics) of a head as KubeRay starts it, with a token."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: the names of sockets have room for 107 letters
-    port, dashboard, agent, metrics = (_free_port() for _ in range(4))
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_DISABLE_USAGE_STATS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # entrypoints start `python`
-    }
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
-    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2"]
-    command += [f"--metrics-export-port={metrics}", f"--temp-dir={folder}"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
-        try:
-            until = time.monotonic() + 120
-            while not _answers(f"http://127.0.0.1:{agent}{_health()}"):
-                assert head.poll() is None and time.monotonic() < until
-                time.sleep(0.5)
-            yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, f"http://127.0.0.1:{metrics}/metrics"
-        finally:
-            head.terminate()
-            head.wait()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, TimeoutError):
-        return False
+    with urllib.request.urlopen(cluster.agent + path, timeout=10) as answer:
+        assert answer.status == 200
 
 
 def small(batch: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +31,7 @@ def small(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"base": "miniature", "training": training, "evaluation": {"samples": 2, "steps": 2}}
 
 
-def start(overlay: str, folder: Path, environment: dict[str, str], **changes: Any) -> subprocess.CompletedProcess[str]:
+def start(overlay: str, folder: Path, cluster: Any, **changes: Any) -> subprocess.CompletedProcess[str]:
     """Run an overlay's entrypoint on the file of its ConfigMap, cut `small`; /store and /jobs are in `folder`."""
     catalogue = folder / "store" / "catalogue" / "our-cat"
     catalogue.mkdir(parents=True)
@@ -92,13 +44,14 @@ def start(overlay: str, folder: Path, environment: dict[str, str], **changes: An
     text = files[Path(file).name].replace("/store", f"{folder}/store").replace("/opt/polyconcept", str(ROOT))
     (folder / Path(file).name).write_text(yaml.safe_dump(small(yaml.safe_load(text)) | changes))
     command += [str(folder / Path(file).name)]
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", ["batch", "cron"])
 def test_entrypoints(cluster, tmp_path, overlay):
-    done = start(overlay, tmp_path, cluster[0])
+    done = start(overlay, tmp_path, cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     releases = list((tmp_path / "store").rglob("v0001/merged.safetensors"))
     assert len(releases) == 1 and "Traceback" not in done.stderr
@@ -107,11 +60,10 @@ def test_entrypoints(cluster, tmp_path, overlay):
 @pytest.mark.slow
 def test_dev_batch_is_counted(cluster, tmp_path):
     """Two concepts of the dev overlay's batch, of which one diverges: the other is released, and Prometheus is told."""
-    environment, endpoint = cluster
     concepts = yaml.safe_load((ROOT / "k8s/overlays/dev/batch.yaml").read_text().replace("/opt/polyconcept", str(ROOT)))
     concepts = concepts["concepts"][:2]
     concepts[0]["training"] = {"learning_rate": 1e30}
-    done = start("dev", tmp_path, environment, concepts=concepts, merge={"partial": True})
+    done = start("dev", tmp_path, cluster, concepts=concepts, merge={"partial": True})
     assert done.returncode == 1 and "left out: train outlined-bus" in done.stderr, done.stdout + done.stderr
     assert len(list((tmp_path / "store").rglob("v0001/merged.safetensors"))) == 1
 
@@ -119,10 +71,12 @@ def test_dev_batch_is_counted(cluster, tmp_path):
     until, seen = time.monotonic() + 60, dict[str, float]()
     while not set(seen) >= names and time.monotonic() < until:
         time.sleep(1)
-        seen = {s.name.removeprefix("ray_polyconcept_"): s.value for s in _samples(endpoint) if _of(s, "miniature")}
+        seen = {
+            s.name.removeprefix("ray_polyconcept_"): s.value for s in _samples(cluster.metrics) if _of(s, "miniature")
+        }
     assert seen["concepts_trained_total"] == 1 and seen["concepts_failed_total"] == 1
     assert seen["step_seconds_count"] == 1 and 0.01 < seen["step_seconds_sum"] < 100
-    states = {s.labels["State"] for s in _samples(endpoint) if s.name == "ray_tasks"}
+    states = {s.labels["State"] for s in _samples(cluster.metrics) if s.name == "ray_tasks"}
     assert states & {"RUNNING", "FINISHED", "PENDING_NODE_ASSIGNMENT"}, states
 
 

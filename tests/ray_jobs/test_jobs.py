@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,54 +14,12 @@ from pipeline.miniature.world import concept_images
 from pipeline.store import MANIFEST
 from ray_jobs import cli
 
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """(address, environment) of a cluster of this machine that asks for a token."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: the names of sockets have room for 107 letters
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_DISABLE_USAGE_STATS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs start `python`
-    }
-    dashboard, port = _free_port(), _free_port()
-    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += [f"--temp-dir={folder}", "--disable-usage-stats"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
-        try:
-            until = time.monotonic() + 120
-            while not _listens(dashboard):
-                assert head.poll() is None and time.monotonic() < until
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{dashboard}", environment
-        finally:
-            head.terminate()
-            head.wait()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
-
 
 @pytest.fixture
 def polyconcept(cluster):
-    address, environment = cluster
-
     def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ray_jobs.cli", *arguments, "--address", address]
-        done = subprocess.run(command, env=environment | changes, capture_output=True, text=True, timeout=400)
+        command = [sys.executable, "-m", "ray_jobs.cli", *arguments, "--address", cluster.dashboard]
+        done = subprocess.run(command, env=cluster.environment | changes, capture_output=True, text=True, timeout=400)
         assert "Traceback" not in done.stderr
         return done
 
