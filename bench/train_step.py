@@ -90,7 +90,7 @@ def peer(script: Path, backbone: Backbone) -> float:
             command = [sys.executable, str(script), "--pretrained_model_name_or_path", str(root / "model")]
             command += ["--instance_data_dir", str(root / "instance"), "--instance_prompt", "photo of a <new1> cat"]
             command += ["--class_data_dir", str(root / "class"), "--class_prompt", "cat", "--num_class_images", "8"]
-            command += ["--with_prior_preservation", "--modifier_token", "<new1>", "--initializer_token", "ktn"]
+            command += ["--with_prior_preservation", "--modifier_token", "<new1>", "--initializer_token", "cat"]
             command += ["--resolution", str(RESOLUTION), "--train_batch_size", str(BATCH), "--no_safe_serialization"]
             command += ["--max_train_steps", str(steps), "--output_dir", str(root / f"out{steps}")]
             start = time.perf_counter()

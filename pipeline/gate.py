@@ -8,21 +8,35 @@ pictures the catalogue has of it now.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from pipeline.plan import Plan, Stage
+from pipeline.plan import Plan, Stage, of_bare_class
 from pipeline.spec import Gate, base_path
 from pipeline.store import Store
 from training.backbone import base_digest
 
-MEASURES: dict[str, Literal["concept", "overall"]] = {"image": "concept", "identity": "concept", "text": "overall"}
+MEASURES: dict[str, Literal["concept", "overall"]] = {
+    "image": "concept",
+    "identity": "concept",
+    "text": "overall",
+    "retention": "overall",
+}
 """What is gated, by the columns of the scores: each concept by itself, or all images together. Each has its tolerance
-in `Gate`."""
+in `Gate`. `retention` is the text alignment of the released model asked for the bare class, which language drift
+lowers."""
+
+
+_CALLED = {
+    "image": "image alignment",
+    "identity": "identity alignment",
+    "text": "text alignment",
+    "retention": "text alignment of the bare class",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Verdict:
         if self.measure == "presence":
             return f"{where}: in the current release and the catalogue, but it could not be made again"
         return (
-            f"{where}: {self.measure} alignment changed by {self.change:+.4f} (standard error {self.error:.4f}), "
+            f"{where}: {_CALLED[self.measure]} changed by {self.change:+.4f} (standard error {self.error:.4f}), "
             f"{'within' if self.passed else 'beyond'} the tolerance of {self.tolerance}"
         )
 
@@ -59,7 +73,7 @@ class _Merged(Stage):
 
 
 def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) -> Plan:
-    """The stages that measure the current release as the plan measures its own, concept by concept.
+    """The stages that measure the current release as the plan measures its own, concept by concept, with retention.
 
     Those the store has from when the current release was new are the same stages: nothing is drawn twice.
 
@@ -104,7 +118,18 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
                 places=stage.places | places,
             )
         )
-    return Plan(plan.batch, (*before, *measured), ())
+    return Plan(plan.batch, (*before, *with_retention(measured)), ())
+
+
+def retention(plan: Plan) -> Plan:
+    """The stages that a finished plan's own retention is measured by."""
+    measured = [models["merged"] for models in plan.evaluations().values()]
+    return Plan(plan.batch, tuple(with_retention(measured)), ())
+
+
+def with_retention(evaluations: Sequence[Stage]) -> list[Stage]:
+    """Evaluations of merged models, and those of the bare classes. A new category's class word is the concept: none."""
+    return [*evaluations, *(of_bare_class(stage) for stage in evaluations if stage.params["phrase"][0])]
 
 
 def judge(
@@ -128,7 +153,7 @@ def judge(
         tables = pairs if scope == "concept" else {"": pd.concat(pairs.values())}
         for name, table in tables.items():
             if f"{measure}_new" in table:
-                difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).to_numpy()
+                difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).dropna().to_numpy()
                 verdicts.append(_verdict(measure, name, difference, gate))
     return verdicts
 
@@ -141,6 +166,12 @@ def _verdict(measure: str, concept: str, difference: np.ndarray, gate: Gate) -> 
 
 
 def scores_of(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
-    """Concept -> scores of the merged model in a finished plan, or in its baseline."""
-    stages = [s for s in plan.of("evaluate") if s.params["model"] == "merged"]
-    return {s.params["concept"]: pd.read_parquet(store.path(s.kind, s.key) / "scores.parquet") for s in stages}
+    """Concept -> scores of the merged model, by the finished stages of `retention` or `baseline`."""
+    tables: dict[str, pd.DataFrame] = {}
+    for stage in plan.of("evaluate"):
+        name, scores = stage.params["concept"], pd.read_parquet(store.path(stage.kind, stage.key) / "scores.parquet")
+        if name not in tables:
+            tables[name] = scores.drop(columns="model")
+        else:  # of the bare class, which comes after
+            tables[name]["retention"] = scores["text"]
+    return tables

@@ -5,6 +5,7 @@ A stage's key is the hash of its kind, its parameters and its inputs' keys. All 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator
@@ -97,6 +98,15 @@ class Plan:
 
     def todo(self, store: Store) -> list[Stage]:
         return [stage for stage in self.stages if not store.has(stage.kind, stage.key)]
+
+
+def of_bare_class(evaluation: Stage) -> Stage:
+    """The same model asked for the class word alone, from the same prompts and seeds: what it kept of what the base
+    knew."""
+    _, class_word = evaluation.params["phrase"]
+    return dataclasses.replace(
+        evaluation, name=f"{evaluation.name}, bare class", params=evaluation.params | {"phrase": ["", class_word]}
+    )
 
 
 def make_plan(batch: ConceptBatch) -> Plan:

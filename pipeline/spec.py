@@ -441,6 +441,8 @@ class Gate(Section):
     """Of each concept's identity alignment, where `evaluation.identity` names a judge."""
     text: float = Field(0.01, ge=0)
     """Of the text alignment over all concepts (CLIP cosine)."""
+    retention: float = Field(0.02, ge=0)
+    """Of the text alignment over all classes, when the release is asked for the bare class (CLIP cosine)."""
     standard_errors: float = Field(1.96, ge=0)
     """Half the width of the interval; 1.96 for 95 %."""
 

@@ -7,7 +7,6 @@ settings changed. Every case is planned like any batch, so what a store has is n
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from pipeline.evaluation.intervals import Estimate, mean
 from pipeline.evaluation.kid import kid
 from pipeline.evaluation.networks import clip_tower
 from pipeline.evaluation.retention import diversity
-from pipeline.plan import Plan, Stage, make_plan
+from pipeline.plan import Plan, Stage, make_plan, of_bare_class
 from pipeline.sampling import grid
 from pipeline.spec import Section, batch_from, clip_path, read_mapping, validated
 from pipeline.stages import regularization_set
@@ -132,11 +131,7 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
     stages = {}
     for concept, models in plan.evaluations().items():
         tuned = models[table.model]
-        _, class_word = tuned.params["phrase"]
-        bare = dataclasses.replace(
-            tuned, name=f"{tuned.name}, bare class", params=tuned.params | {"phrase": ["", class_word]}
-        )
-        stages[concept] = {"base": models["base"], "tuned": tuned, "class": bare}
+        stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
     wanted = [stage for each in stages.values() for stage in each.values()]
     needed: dict[str, Stage] = {}
 

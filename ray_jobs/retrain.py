@@ -24,7 +24,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from pipeline.catalogue import read_catalogue
-from pipeline.gate import Verdict, baseline, judge, scores_of
+from pipeline.gate import Verdict, baseline, judge, retention, scores_of
 from pipeline.plan import Plan
 from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
@@ -178,13 +178,15 @@ def _compare(
     if not latest or not latest.manifest:
         return []
     current = baseline(plan, latest.manifest, f"{destination}/{latest.name}", store)
-    if current.todo(store):
+    own = retention(plan)
+    measuring = Plan(plan.batch, current.stages + own.stages, ())
+    if measuring.todo(store):
         with ray_session():
-            if failed := run_stages(current, store):
+            if failed := run_stages(measuring, store):
                 raise StageFailed("\n".join(failed))
     released = set(latest.manifest["provenance"]["concepts"])
     missing = sorted((released & catalogue) - {c.name for c in plan.batch.concepts})
-    return judge(asked.gate, scores_of(plan, store), scores_of(current, store), missing)
+    return judge(asked.gate, scores_of(own, store), scores_of(current, store), missing)
 
 
 def _session(plan: Plan, store: Store) -> contextlib.AbstractContextManager[None]:

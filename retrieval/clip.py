@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 
@@ -85,6 +84,8 @@ def load_clip(model: str) -> ClipModel:
     Raises:
         ValueError: the name is unknown, or the directory lacks one of the two files.
     """
+    import open_clip  # takes seconds; most processes encode nothing
+
     if Path(model).is_dir():
         folder = Path(model)
         # Only safetensors: open_clip would also take .bin and .pth files from the folder, which are pickles.

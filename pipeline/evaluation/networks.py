@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from pipeline.miniature.identity import load_identity
 from retrieval.clip import ClipModel
@@ -51,6 +49,8 @@ def clip_tower(clip: ClipModel) -> ImageNetwork:
 
 def identity_judge() -> ImageNetwork:
     """The miniature's identity judge."""
+    from torchvision.transforms import v2  # takes seconds, as timm does
+
     transform = v2.Compose(
         [
             v2.Resize((64, 64), v2.InterpolationMode.LANCZOS),
@@ -72,6 +72,8 @@ def load_timm(model: str) -> ImageNetwork:
     Raises:
         ValueError: the name is unknown, a file is missing, or the weights cannot be had.
     """
+    import timm  # takes seconds, and few ask for it
+
     name = model
     if Path(model).is_dir() or model.startswith((".", "/")):
         missing = [f for f in ("config.json", "model.safetensors") if not (Path(model) / f).is_file()]

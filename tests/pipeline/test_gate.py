@@ -46,6 +46,19 @@ def test_the_interval_is_of_differences_image_by_image() -> None:
     assert (text.change, text.error, text.concept) == (0, 0, "")
 
 
+def test_classes_are_kept() -> None:
+    """Retention is of all classes together; a new category, which has none, does not stand in the way."""
+    current = {"a": table(0.7).assign(retention=0.3), "b": table(0.7).assign(retention=0.3), "moongate": table(0.7)}
+    gate = Gate(retention=0.02)
+
+    def change(a: float, b: float) -> list:
+        new = current | {"a": table(0.7).assign(retention=a), "b": table(0.7).assign(retention=b)}
+        return [(v.concept, v.passed) for v in judge(gate, new, current, []) if v.measure == "retention"]
+
+    assert change(0.25, 0.35) == [("", True)]
+    assert change(0.25, 0.26) == [("", False)]
+
+
 def test_what_is_in_one_release_only() -> None:
     assert refused({"new": table(0.1, text=0.0), "a": table(0.7)}, {"a": table(0.7)}) == []
     assert judge(GATE, {"new": table(0.1)}, {}, []) == []

@@ -107,6 +107,7 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
         ("image", "flat-turtle"),
         ("image", "outlined-cat"),
         ("text", ""),
+        ("retention", ""),
     }
     code, out, _, _ = run("release", "diff", f"{releases}/v0001", str(releases), capsys=capsys)
     assert "changed   flat-turtle" in out and "unchanged outlined-cat" in out
