@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ VERSIONS = {
     "sums": 1,
     "merge": 2,
     "evaluate": 3,
+    "compose": 1,
     "release": 3,
     "released": 1,
 }
@@ -106,6 +107,23 @@ def of_bare_class(evaluation: Stage) -> Stage:
     _, class_word = evaluation.params["phrase"]
     return dataclasses.replace(
         evaluation, name=f"{evaluation.name}, bare class", params=evaluation.params | {"phrase": ["", class_word]}
+    )
+
+
+def of_pair(first: Stage, second: Stage, prompts: Sequence[str]) -> Stage:
+    """The model of two concepts' evaluations asked for both in one image. prompts: with `{0}` and `{1}`."""
+    both = (first, second)
+    params = {key: first.params[key] for key in ("base", "clip", "judge", "model", "evaluation")}
+    return Stage(
+        "compose",
+        f"{' and '.join(stage.params['concept'] for stage in both)}: {first.params['model']}",
+        params
+        | {"prompts": list(prompts)}
+        | {"concepts": [stage.params["concept"] for stage in both]}
+        | {"phrases": [stage.params["phrase"] for stage in both]}
+        | {"images": [stage.params["images"] for stage in both]},
+        first.inputs,
+        first.places | {"images": [stage.places["images"] for stage in both]},
     )
 
 

@@ -267,6 +267,15 @@ class Compress(Section):
     of weights (one concept, or joint training) is cut to a fifth of its bytes, as in the paper."""
     max_rank: Positive | None = None
     """Upper bound of the rank."""
+    spectrum: float | None = Field(None, gt=0, le=1)
+    """Cut a single set of weights as the authors do instead: of each matrix, the largest singular values that hold this
+    share of their sum (the authors: 0.6)."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Compress:
+        if self.spectrum is not None and (self.max_bytes or self.max_rank):
+            raise ValueError("spectrum: is a bound of its own; leave out max_bytes and max_rank")
+        return self
 
 
 class Evaluation(Section):

@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 
 from pipeline.evaluation.alignment import Judges, scores
-from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.evaluation.composition import appearance
+from pipeline.evaluation.networks import clip_tower, identity_judge
+from pipeline.merge.compress import in_half, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
     Constraint,
     constraint_of,
@@ -349,6 +351,8 @@ def merge_concepts(work: Work) -> None:
         if not rank:
             raise ValueError(f"compress.max_bytes {budget['max_bytes']}: one rank costs {per_rank} bytes")
         small, error = shared_factors(full, gram, rank)
+    elif SHARED not in full.right and budget["spectrum"]:
+        small, error = truncated_factors(full.deltas, gram, budget["spectrum"])
     elif SHARED not in full.right:
         # full-rank factors are larger than the matrices: a single set is always cut, to the paper's fifth by default
         most = budget["max_bytes"] or (None if budget["max_rank"] else described[0]["nbytes"] // 5)
@@ -424,11 +428,31 @@ def evaluate(work: Work) -> None:
     """`scores.parquet`: a row per image that one model drew; `images/`: the images, in that order; `images.png`: some
     of them, a row per prompt."""
     params, places = work.stage.params, work.stage.places
+    judges = Judges.load(load_clip(places["clip"]), params["evaluation"]["identity"])
+    drawn, images = _draw_prompts(work, [params["phrase"]])
+    values = scores(judges, images, drawn.pop("plain").tolist(), load_images(places["images"]).images)
+    drawn.assign(**values).to_parquet(work.out / "scores.parquet")
+
+
+def compose(work: Work) -> None:
+    """`appearance.parquet`: a row per image that one model drew of two concepts, `first` and `second` being how much
+    each appears; `images/`, `images.png`: as `evaluate`."""
+    params, places = work.stage.params, work.stage.places
+    judge = identity_judge() if params["evaluation"]["identity"] else clip_tower(load_clip(places["clip"]))
+    drawn, images = _draw_prompts(work, params["phrases"])
+    first, second = appearance(judge, images, [load_images(each).images for each in places["images"]])
+    drawn.drop(columns="plain").assign(first=first, second=second).to_parquet(work.out / "appearance.parquet")
+
+
+def _draw_prompts(work: Work, phrases: Sequence[Sequence[str]]) -> tuple[pd.DataFrame, list[Image.Image]]:
+    """Draw a stage's prompts with its model, and keep the images. phrases: token and class word of each concept.
+
+    Returns: a row per image with `model`, `prompt`, `seed` and `plain`, the text without tokens; and the images.
+    """
+    params, places = work.stage.params, work.stage.places
     settings, model = params["evaluation"], params["model"]
     backbone = _backbone(places["base"], torch.float32)
     use_attention(backbone.unet, places["attention"])
-    judges = Judges.load(load_clip(places["clip"]), settings["identity"])
-    token, class_word = params["phrase"]
     change: ConceptWeights | MergedModel | None = None
     if model == "single":
         change = ConceptWeights.load(work.input("train") / "weights.safetensors")
@@ -438,8 +462,8 @@ def evaluate(work: Work) -> None:
     # the same prompts and seeds for every model: the differences are the models'
     prompts = [p for p in params["prompts"] for _ in range(settings["samples"])]
     seeds = [settings["seed"] + i for i in range(len(prompts))]
-    plain = [p.format(class_word) for p in prompts]
-    named = [p.format(f"{token} {class_word}".strip()) for p in prompts]
+    plain = [p.format(*(class_word for _, class_word in phrases)) for p in prompts]
+    named = [p.format(*(" ".join(phrase).strip() for phrase in phrases)) for p in prompts]
     with backbone.changed(*((change.deltas, change.tokens) if change else ({}, {}))):
         images = draw(
             backbone,
@@ -449,12 +473,11 @@ def evaluate(work: Work) -> None:
             guidance=settings["guidance"],
             progress=lambda done: work.progress("images", done, len(prompts)),
         )
-    values = scores(judges, images, plain, load_images(places["images"]).images)
-    pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, **values}).to_parquet(work.out / "scores.parquet")
     (work.out / "images").mkdir()
     for i, image in enumerate(images):
         image.save(work.out / "images" / f"{i:05d}.png")
     _save_rows(images, params["prompts"], settings["samples"], work.out / "images.png")
+    return pd.DataFrame({"model": model, "prompt": prompts, "seed": seeds, "plain": plain}), images
 
 
 def _save_rows(images: list[Image.Image], prompts: list[str], samples: int, path: Path) -> None:
@@ -555,6 +578,7 @@ FUNCTIONS: dict[str, Callable[[Work], None]] = {
     "sums": add_up,
     "merge": merge_concepts,
     "evaluate": evaluate,
+    "compose": compose,
     "release": release,
     "released": released,
 }

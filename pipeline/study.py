@@ -17,18 +17,20 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.evaluation.intervals import Estimate, mean
+from pipeline.evaluation.composition import Composed, composition
+from pipeline.evaluation.intervals import Estimate, mean, share
 from pipeline.evaluation.kid import kid
 from pipeline.evaluation.networks import clip_tower
+from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
-from pipeline.plan import Plan, Stage, make_plan, of_bare_class
+from pipeline.plan import Plan, Stage, make_plan, of_bare_class, of_pair
 from pipeline.sampling import grid
 from pipeline.spec import Section, batch_from, clip_path, read_mapping, validated
 from pipeline.stages import regularization_set
 from pipeline.store import Store
-from retrieval.clip import load_clip
+from retrieval.clip import ClipModel, load_clip
 from training.backbone import Backbone
 from training.methods import METHODS
 from training.weights import ConceptWeights
@@ -50,6 +52,12 @@ class Variant(Section):
     name: str = Field(min_length=1)
     changes: dict[str, Any] = Field(default_factory=dict)
     """Of the batch: `{training: {method: dreambooth}}`."""
+    together: int | None = Field(None, gt=0)
+    """How many of the table's concepts, in their order, make a batch; all when empty."""
+    beside: int = Field(0, ge=0)
+    """Further concepts of the study in each batch, which are not measured."""
+    line: str = ""
+    """Variants of one line are joined in the plot; see `against`."""
 
 
 class Table(Section):
@@ -60,7 +68,27 @@ class Table(Section):
     """What is measured: each concept's own weights, or all the concepts' together."""
     concepts: tuple[str, ...] = ()
     """Of the batch's; all when empty."""
+    pair_prompts: tuple[str, ...] = ()
+    """Prompts with `{0}` and `{1}`: how often both concepts of a batch of two appear in one image."""
+    against: Literal["", "concepts", "megabytes", "steps", "seconds"] = ""
+    """What the measures are plotted against; text against image alignment when empty."""
+    note: str = ""
+    """What the table says, in words; stands under it."""
     variants: tuple[Variant, ...] = Field(min_length=1)
+
+    @field_validator("pair_prompts")
+    @classmethod
+    def _both_are_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_prompt(prompt, TWO_PLACES) for prompt in value)
+
+    @model_validator(mode="after")
+    def _pairs_are_two(self) -> Table:
+        odd = [v.name for v in self.variants if self.pair_prompts and (v.together != 2 or v.beside)]
+        if odd or (self.pair_prompts and (self.model == "single" or len(self.concepts) % 2 or not self.concepts)):
+            raise ValueError(
+                "pair_prompts: need an even number of `concepts`, `model: merged`, and `together: 2` in each variant"
+            )
+        return self
 
 
 class Study(Section):
@@ -78,13 +106,14 @@ class Study(Section):
 @dataclass(frozen=True)
 class Case:
     """A variant with a seed. stages: concept -> `base`, `tuned` (with the concept), `class` (the tuned model asked for
-    the bare class) -> its evaluation."""
+    the bare class) -> its evaluation. pairs: of two concepts in one image, `base` and `tuned`."""
 
     table: str
     variant: str
     seed: int
     plan: Plan
     stages: dict[str, dict[str, Stage]]
+    pairs: tuple[dict[str, Stage], ...] = ()
 
 
 def load_study(path: Path) -> Study:
@@ -103,7 +132,7 @@ def cases(study: Study, path: Path) -> Iterator[Case]:
                 data = _changed(study.batch, variant.changes | {"name": study.name})
                 data["training"] = data.get("training", {}) | {"seed": seed}
                 try:
-                    for group in _groups(data, table):
+                    for group in _groups(data, table, variant):
                         yield _case(table, variant.name, seed, make_plan(batch_from(data | {"concepts": group}, path)))
                 except ValueError as error:
                     raise ValueError(f"{path}: table {table.name}, variant {variant.name!r}: {error}") from None
@@ -116,23 +145,32 @@ def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _groups(data: dict[str, Any], table: Table) -> list[list[dict[str, Any]]]:
-    """The concepts of each batch: all, but where each has to be trained and kept alone."""
+def _groups(data: dict[str, Any], table: Table, variant: Variant) -> list[list[dict[str, Any]]]:
+    """The concepts of each batch: as many together as the variant says; each alone where it has to be."""
     named = {concept.get("name"): concept for concept in data.get("concepts", [])}
     if missing := set(table.concepts) - set(named):
         raise ValueError(f"no concept {min(missing)!r} in the study's batch")
     chosen = [concept for name, concept in named.items() if not table.concepts or name in table.concepts]
     method = METHODS.get(data["training"].get("method", "custom_diffusion"))
     alone = table.model == "single" and method is not None and not method.mergeable
-    return [[concept] for concept in chosen] if alone else [chosen]
+    size = 1 if alone else variant.together or len(chosen)
+    others = [concept for concept in named.values() if concept not in chosen]
+    if variant.beside > len(others):
+        raise ValueError(f"beside: {variant.beside}, but the study's batch has only {len(others)} further concepts")
+    return [chosen[i : i + size] + others[: variant.beside] for i in range(0, len(chosen), size)]
 
 
 def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
     stages = {}
     for concept, models in plan.evaluations().items():
-        tuned = models[table.model]
-        stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
-    wanted = [stage for each in stages.values() for stage in each.values()]
+        if not table.concepts or concept in table.concepts:
+            tuned = models[table.model]
+            stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
+    pairs: tuple[dict[str, Stage], ...] = ()
+    if table.pair_prompts:
+        first, second = stages.values()
+        pairs = ({m: of_pair(first[m], second[m], table.pair_prompts) for m in ("base", "tuned")},)
+    wanted = [stage for each in (*stages.values(), *pairs) for stage in each.values()]
     needed: dict[str, Stage] = {}
 
     def need(stage: Stage) -> None:
@@ -142,9 +180,33 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
 
     for stage in wanted:
         need(stage)
-    kinds = list(dict.fromkeys(stage.kind for stage in plan))
+    kinds = [*dict.fromkeys(stage.kind for stage in plan), "compose"]
     ordered = sorted(needed.values(), key=lambda stage: kinds.index(stage.kind))
-    return Case(table.name, variant, seed, Plan(plan.batch, tuple(ordered), plan.notes), stages)
+    return Case(table.name, variant, seed, Plan(plan.batch, tuple(ordered), plan.notes), stages, pairs)
+
+
+def pairs_of(made: Sequence[Case], store: Store, clip: ClipModel) -> pd.DataFrame:
+    """How often two concepts appear in one image: `composition.composition` over all seeds, and `table`. Empty where no
+    table has pairs."""
+    found: list[pd.DataFrame] = []
+    for (table, variant), group in _grouped(made):
+        drawn: dict[tuple[str, str], dict[str, list[pd.DataFrame]]] = {}
+        words: dict[tuple[str, str], tuple[str, str]] = {}
+        for case in group:
+            for pair in case.pairs:
+                first, second = pair["tuned"].params["concepts"]
+                words[first, second] = tuple(word for _, word in pair["tuned"].params["phrases"])
+                own = drawn.setdefault((first, second), {"base": [], "tuned": []})
+                for model, stage in pair.items():
+                    own[model].append(pd.read_parquet(store.path(stage.kind, stage.key) / "appearance.parquet"))
+        composed = []
+        for names, models in drawn.items():
+            tuned, base = pd.concat(models["tuned"]), models["base"][0]  # the base is one, whatever the seed
+            both = [tuple(table[place].to_numpy() for place in ("first", "second")) for table in (tuned, base)]
+            composed.append(Composed(variant, names, words[names], *both))
+        if composed:
+            found.append(composition(composed, clip).assign(table=table))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def results(made: Sequence[Case], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -247,6 +309,9 @@ def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Back
     scores.to_parquet(folder / "scores.parquet")
     summary.to_parquet(folder / "summary.parquet")
     changes = weight_changes(made, store, backbone)
+    pairs = pairs_of(made, store, load_clip(clip_path(made[0].plan.batch.evaluation.clip)))
+    if len(pairs):
+        pairs.to_parquet(folder / "composition.parquet")
     text = [f"# {study.name}", ""]
     concepts = list(dict.fromkeys(concept for case in made for concept in case.stages))
     seeds = ", ".join(map(str, study.seeds))
@@ -257,11 +322,19 @@ def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Back
     ]
     for table in study.tables:
         own = summary[summary.table == table.name]
-        base = _base_scores([case for case in made if case.table == table.name], store)
-        _plot(table, own, base, folder / f"{table.name}.png")
+        in_table = [case for case in made if case.table == table.name]
+        base, costs = _base_scores(in_table, store), _costs(table, in_table, store)
+        if table.against:
+            _curves(table, own, base, costs, folder / f"{table.name}.png")
+        else:
+            _plot(table, own, base, folder / f"{table.name}.png")
         _samples(table, made, store, folder / f"{table.name}-samples.png")
-        text += [f"## {table.title or table.name}", "", *_markdown(table, own, base, made, store), ""]
-        text += [f"![text against image alignment]({table.name}.png)", ""]
+        text += [f"## {table.title or table.name}", "", *_markdown(table, own, base, costs), ""]
+        if table.pair_prompts:
+            text += [*_pairs_markdown(pairs[pairs.table == table.name]), ""]
+        if table.note:
+            text += [table.note.strip(), ""]
+        text += [f"![{table.against or 'text against image alignment'}]({table.name}.png)", ""]
         text += [f"![samples: a row per variant]({table.name}-samples.png)", ""]
         if len(moved := changes[changes.table == table.name]):
             text += ["| variant | layers | mean relative change |", "| --- | --- | --- |"]
@@ -278,11 +351,50 @@ def _base_scores(made: Sequence[Case], store: Store) -> dict[str, float]:
     return {score: float(scores[score].mean()) for score in SCORES if score in scores}
 
 
-def _markdown(
-    table: Table, own: pd.DataFrame, base: dict[str, float], made: Sequence[Case], store: Store
-) -> Iterator[str]:
+def _costs(table: Table, made: Sequence[Case], store: Store) -> pd.DataFrame:
+    """By variant, means over its batches: `concepts` in a model, `steps`, `seconds` of training a concept, `megabytes`
+    of the file that is measured (the trained weights, or the merged file)."""
+    rows = []
+    for case in made:
+        trained = case.plan.of("train")
+        if table.model == "merged":
+            (merged,) = case.plan.of("merge")
+            files = [store.path(merged.kind, merged.key) / "merged.safetensors"]
+        else:
+            files = [store.path(stage.kind, stage.key) / "weights.safetensors" for stage in trained]
+        count = sum(len(stage.params["concepts"]) for stage in trained)
+        rows.append(
+            {
+                "variant": case.variant,
+                "concepts": count if table.model == "merged" else 1,
+                "steps": np.mean([stage.params["training"]["steps"] for stage in trained]),
+                "seconds": sum(store.manifest(s.kind, s.key)["seconds"] for s in trained) / count,
+                "megabytes": np.mean([file.stat().st_size for file in files]) / 1e6,
+            }
+        )
+    return pd.DataFrame(rows).groupby("variant").mean()
+
+
+def _pairs_markdown(pairs: pd.DataFrame) -> Iterator[str]:
+    """Pairs of the most similar class words first, and all together."""
+    yield "| | pair | likeness of the words | first appears | second appears | both appear | images |"
+    yield "| --- " * 7 + "|"
+    for row in pairs.sort_values(["class_similarity", "first"], ascending=False, kind="stable").itertuples():
+        cells = [row.method, f"{row.first}, {row.second}", f"{row.class_similarity:.2f}"]
+        cells += [f"{row.first_appears:.2f}", f"{row.second_appears:.2f}"]
+        cells += [f"{row.both_appear:.2f} ({row.both_appear_low:.2f} – {row.both_appear_high:.2f})", str(row.samples)]
+        yield f"| {' | '.join(cells)} |"
+    for method, rows in pairs.groupby("method", sort=False):
+        count = int(rows.samples.sum())
+        both = share(round(float((rows.both_appear * rows.samples).sum())), count)
+        cells = [method, "all", "", f"{rows.first_appears.mean():.2f}", f"{rows.second_appears.mean():.2f}"]
+        cells += [f"{both.value:.2f} ({both.low:.2f} – {both.high:.2f})", str(count)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _markdown(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.DataFrame) -> Iterator[str]:
     measures = [measure for measure in HEADS if measure in set(own.measure)]
-    yield f"| | {' | '.join(HEADS[measure] for measure in measures)} | images | seconds of training | MB |"
+    yield f"| | {' | '.join(HEADS[measure] for measure in measures)} | images | seconds of training a concept | MB |"
     yield "| --- " * (len(measures) + 4) + "|"
     cells = [f"{base[measure]:.3f}" if measure in base else "" for measure in measures]
     yield f"| base | {' | '.join(cells)} | | | |"
@@ -295,13 +407,31 @@ def _markdown(
                 cells.append(f"{row.value:.3f} ({row.low:.3f} – {row.high:.3f})")
             else:
                 cells.append("")
-        trained = {
-            s.key: s for c in made if (c.table, c.variant) == (table.name, variant.name) for s in c.plan.of("train")
-        }
-        seconds = np.mean([store.manifest("train", key)["seconds"] for key in trained])
-        sizes = [(store.path("train", key) / "weights.safetensors").stat().st_size for key in trained]
-        count = int(rows.loc["text"].samples)
-        yield f"| {variant.name} | {' | '.join(cells)} | {count} | {seconds:.0f} | {np.mean(sizes) / 1e6:.2f} |"
+        count, cost = int(rows.loc["text"].samples), costs.loc[variant.name]
+        yield f"| {variant.name} | {' | '.join(cells)} | {count} | {cost.seconds:.0f} | {cost.megabytes:.3g} |"
+
+
+def _curves(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.DataFrame, path: Path) -> None:
+    """Each score against what the table says, a line for each of its lines; the base as a level."""
+    across = [score for score in SCORES if score in set(own.measure)]
+    figure, axes = plt.subplots(1, len(across), figsize=(4.5 * len(across), 4), squeeze=False)
+    lines: dict[str, list[str]] = {}
+    for variant in table.variants:
+        lines.setdefault(variant.line, []).append(variant.name)
+    for axis, score in zip(axes[0], across, strict=True):
+        rows = own[own.measure == score].set_index("variant")
+        for line, names in lines.items():
+            names = sorted(names, key=lambda name: costs.loc[name, table.against])
+            values = rows.loc[names]
+            spread = [values.value - values.low, values.high - values.value]
+            axis.errorbar(costs.loc[names, table.against], values.value, yerr=spread, fmt="o-", label=line or None)
+        axis.axhline(base[score], color="k", linestyle=":", label="base")
+        axis.set(xlabel=table.against, ylabel=HEADS[score])
+        axis.set_xscale("log", base=2 if table.against in ("concepts", "steps") else 10)
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def _plot(table: Table, own: pd.DataFrame, base: dict[str, float], path: Path) -> None:

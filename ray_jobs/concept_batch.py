@@ -42,7 +42,18 @@ from ray_jobs.ranks import on_ranks, train_on_ranks
 from training.backbone import base_digest
 from training.methods import METHODS
 
-ON_DEVICE = {"index", "candidates", "generated", "features", "train", "constraints", "merge", "evaluate", "release"}
+ON_DEVICE = {
+    "index",
+    "candidates",
+    "generated",
+    "features",
+    "train",
+    "constraints",
+    "merge",
+    "evaluate",
+    "compose",
+    "release",
+}
 """Stages that run the model, on a GPU where the cluster has any."""
 
 

@@ -53,6 +53,30 @@ def weighted_factors(
     return MergedModel(left, right, {}), max(0.0, 1 - kept / total) ** 0.5 if total else 0.0
 
 
+def truncated_factors(
+    deltas: dict[str, torch.Tensor], gram: torch.Tensor, spectrum: float
+) -> tuple[MergedModel, float]:
+    """The authors' compression (`src/compress.py` of adobe-research/custom-diffusion), to compare with: of each bare
+    matrix the largest singular values that hold a share of their sum, but always one.
+
+    Args:
+        deltas, gram: as for `weighted_factors`. spectrum: the share, in (0, 1].
+
+    Returns: as `weighted_factors`, the error measured alike.
+    """
+    factor = torch.linalg.cholesky(gram)
+    left, right = {}, {}
+    lost = total = 0.0
+    for layer, delta in deltas.items():
+        u, values, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        held = values.cumsum(0) / values.sum().clamp(min=1e-30)
+        r = min(int((held < spectrum).sum()) + 1, len(values))
+        left[layer], right[layer] = (u[:, :r] * values[:r]).float(), vh[:r].float()
+        lost += float(((u[:, r:] * values[r:]) @ (vh[r:] @ factor)).square().sum())
+        total += float((delta.double() @ factor).square().sum())
+    return MergedModel(left, right, {}), (lost / total) ** 0.5 if total else 0.0
+
+
 def shared_factors(model: MergedModel, gram: torch.Tensor, max_rank: int) -> tuple[MergedModel, float]:
     """The best right factor of a lower rank that all layers of a merged model still share.
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pipeline.merge.compress import in_half, shared_factors, weighted_factors
+from pipeline.merge.compress import in_half, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
     Constraint,
     constraint_of,
@@ -175,11 +175,38 @@ def test_weighted_budget_beats_bare_singular_values_on_text(problem):
         u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
         plain += ((delta.double() - (u[:, :4] * s[:4]) @ vh[:4]) @ root).square().sum()
     assert error < float((plain / total).sqrt())
+    bare, worse = truncated_factors(deltas, gram, 0.5)
+    assert worse > weighted_factors(deltas, gram, max_bytes=2 * sum(t.numel() for t in _tensors(bare)))[1]
     everything, none = weighted_factors(deltas, gram)
     assert none < 1e-6
     torch.testing.assert_close(everything.deltas["b.to_k"], deltas["b.to_k"], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="one rank of every layer costs"):
         weighted_factors(deltas, gram, max_bytes=10)
+
+
+def _tensors(model: MergedModel) -> list[torch.Tensor]:
+    return [*model.left.values(), *model.right.values()]
+
+
+def test_the_authors_truncation(problem):
+    """The fewest largest singular values that hold the share of their sum, at least one; the error is that of weighted
+    factors."""
+    regularization, base, trained, _, _ = problem
+    gram = regularization.T @ regularization
+    deltas = {layer: (trained[0][layer] - base[layer]).float() for layer in OUTS}
+    root = torch.linalg.cholesky(gram)
+    total = sum((d.double() @ root).square().sum() for d in deltas.values())
+    for share in (1e-9, 0.6, 1.0):
+        model, error = truncated_factors(deltas, gram, share)
+        lost = sum(((model.deltas[k] - deltas[k]).double() @ root).square().sum() for k in OUTS)
+        assert float((lost / total).sqrt()) == pytest.approx(error, abs=1e-5)
+        for layer, delta in deltas.items():
+            values = torch.linalg.svdvals(delta.double())
+            rank = model.left[layer].shape[1]
+            assert rank == model.right[layer].shape[0] >= 1
+            assert values[:rank].sum() >= share * values.sum() * (1 - 1e-12)
+            assert rank == 1 or values[: rank - 1].sum() < share * values.sum()
+    assert truncated_factors(dict.fromkeys(deltas, torch.zeros(5, D)), gram, 0.6)[1] == 0
 
 
 def test_half_precision_and_files(problem, tmp_path):

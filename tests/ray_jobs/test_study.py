@@ -15,15 +15,16 @@ from pipeline.study import cases, load_study
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bus").mkdir()
-    for i, image in enumerate(concept_images("bus", "streamline-emojis", 2, seed=0)):
-        image.save(tmp_path / "bus" / f"{i}.png")
+    for name in ("bus", "cow"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(concept_images(name, "streamline-emojis", 2, seed=0)):
+            image.save(tmp_path / name / f"{i}.png")
     small = {"steps": 2, "batch_size": 2, "views": 2, "regularization": "none"}
     content = {
         "name": "small",
         "output": "tables",
         "batch": {
-            "concepts": [{"name": "bus", "images": "bus", "class_word": "bus"}],
+            "concepts": [{"name": name, "images": name, "class_word": name} for name in ("bus", "cow")],
             "training": small,
             "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "prompts": ["photo of a {}", "{} in the snow"]},
         },
@@ -31,6 +32,7 @@ def study(tmp_path, monkeypatch):
             {
                 "name": "single",
                 "title": "Single concept",
+                "concepts": ["bus"],
                 "variants": [
                     {"name": "Custom Diffusion"},
                     {"name": "everything", "changes": {"training": {"method": "custom_diffusion_all"}}},
@@ -68,6 +70,36 @@ def test_tables_and_figures(study, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("manifest.json")} == stamps
 
 
+@pytest.mark.slow
+def test_two_concepts_in_one_image_and_measures_against_the_number_of_concepts(study, tmp_path, capsys):
+    variants = [{"name": "alone", "together": 1}, {"name": "two", "together": 1, "beside": 1}]
+    path = study(
+        tables=[
+            {
+                "name": "pairs",
+                "model": "merged",
+                "concepts": ["bus", "cow"],
+                "pair_prompts": ["a {0} and a {1}"],
+                "note": "In words.",
+                "variants": [{"name": "merged", "together": 2}],
+            },
+            {"name": "number", "model": "merged", "concepts": ["bus"], "against": "concepts", "variants": variants},
+        ]
+    )
+    code, _, err = run("study", str(path), capsys=capsys)
+    assert code == 0, err
+    pairs = pd.read_parquet(tmp_path / "tables" / "composition.parquet")
+    assert pairs[["table", "method", "first", "second", "samples"]].values.tolist() == [
+        ["pairs", "merged", "bus", "cow", 2]
+    ]
+    text = (tmp_path / "tables" / "README.md").read_text()
+    assert "| merged | bus, cow |" in text and "| merged | all |" in text and "In words." in text
+    assert (tmp_path / "tables" / "number.png").exists()
+    scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
+    assert set(scores[scores.table == "number"].concept) == {"bus"}  # the cow beside it is not measured
+    assert set(scores[scores.table == "pairs"].concept) == {"bus", "cow"}
+
+
 def test_cases_and_what_is_wrong_with_a_study(study, capsys):
     path = study(seeds=[0, 1])
     made = list(cases(load_study(path), path))
@@ -78,5 +110,11 @@ def test_cases_and_what_is_wrong_with_a_study(study, capsys):
     broken = [{"name": "t", "variants": [{"name": "v", "changes": {"training": {"stepz": 1}}}]}]
     code, _, err = run("study", str(study(tables=broken)), capsys=capsys)
     assert code == 2 and "table t, variant 'v'" in err and "stepz: unknown key; did you mean 'steps'" in err
-    code, _, err = run("study", str(study(tables=[{"name": "t", "variants": []}])), capsys=capsys)
-    assert code == 2 and "tables[0].variants" in err
+    for table, message in (
+        ({"variants": []}, "tables[0].variants"),
+        ({"variants": [{"name": "v", "beside": 5}], "concepts": ["bus"]}, "only 1 further concepts"),
+        ({"variants": [{"name": "v"}], "pair_prompts": ["a {0} and a {1}"]}, "even number of `concepts`"),
+        ({"variants": [{"name": "v", "together": 2}], "pair_prompts": ["a {}"]}, "names the concept once by '{0}'"),
+    ):
+        code, _, err = run("study", str(study(tables=[{"name": "t", **table}])), capsys=capsys)
+        assert code == 2 and message in err
