@@ -68,6 +68,8 @@ class Table(Section):
     """What is measured: each concept's own weights, or all the concepts' together."""
     concepts: tuple[str, ...] = ()
     """Of the batch's; all when empty."""
+    seeds: tuple[int, ...] = ()
+    """Of the training; the study's when empty."""
     pair_prompts: tuple[str, ...] = ()
     """Prompts with `{0}` and `{1}`: how often both concepts of a batch of two appear in one image."""
     against: Literal["", "concepts", "megabytes", "steps", "seconds"] = ""
@@ -128,7 +130,7 @@ def cases(study: Study, path: Path) -> Iterator[Case]:
     """
     for table in study.tables:
         for variant in table.variants:
-            for seed in study.seeds:
+            for seed in table.seeds or study.seeds:
                 data = _changed(study.batch, variant.changes | {"name": study.name})
                 data["training"] = data.get("training", {}) | {"seed": seed}
                 try:
@@ -146,12 +148,19 @@ def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups(data: dict[str, Any], table: Table, variant: Variant) -> list[list[dict[str, Any]]]:
-    """The concepts of each batch: as many together as the variant says; each alone where it has to be."""
+    """The concepts of each batch: as many together as the variant says; each alone where it has to be.
+
+    New tokens are made of the names: by their place, a concept would be another training in each batch."""
+    method = METHODS.get(data["training"].get("method", "custom_diffusion"))
     named = {concept.get("name"): concept for concept in data.get("concepts", [])}
+    if method is not None and method.token == "new":
+        named = {
+            name: concept if concept.get("new_category") else {"token": f"<{name}>"} | concept
+            for name, concept in named.items()
+        }
     if missing := set(table.concepts) - set(named):
         raise ValueError(f"no concept {min(missing)!r} in the study's batch")
     chosen = [concept for name, concept in named.items() if not table.concepts or name in table.concepts]
-    method = METHODS.get(data["training"].get("method", "custom_diffusion"))
     alone = table.model == "single" and method is not None and not method.mergeable
     size = 1 if alone else variant.together or len(chosen)
     others = [concept for concept in named.values() if concept not in chosen]
@@ -329,7 +338,10 @@ def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Back
         else:
             _plot(table, own, base, folder / f"{table.name}.png")
         _samples(table, made, store, folder / f"{table.name}-samples.png")
-        text += [f"## {table.title or table.name}", "", *_markdown(table, own, base, costs), ""]
+        text += [f"## {table.title or table.name}", ""]
+        if table.seeds:
+            text += [f"Training seeds {', '.join(map(str, table.seeds))} only.", ""]
+        text += [*_markdown(table, own, base, costs), ""]
         if table.pair_prompts:
             text += [*_pairs_markdown(pairs[pairs.table == table.name]), ""]
         if table.note:
@@ -461,10 +473,11 @@ def _plot(table: Table, own: pd.DataFrame, base: dict[str, float], path: Path) -
 def _samples(table: Table, made: Sequence[Case], store: Store, path: Path) -> None:
     """A row per variant: the first image of each prompt, of each concept and the first seed."""
     rows, labels = [], []
+    first = next(case.seed for case in made if case.table == table.name)
     for variant in table.variants:
         row: list[Image.Image] = []
         for case in made:
-            if (case.table, case.variant, case.seed) == (table.name, variant.name, made[0].seed):
+            if (case.table, case.variant, case.seed) == (table.name, variant.name, first):
                 for stages in case.stages.values():
                     images, prompts = _images(stages["tuned"], store), _table(stages["tuned"], store)["prompt"]
                     row += [images[i] for i in range(len(images)) if i == 0 or prompts[i] != prompts[i - 1]]
