@@ -218,11 +218,11 @@ def pairs_of(made: Sequence[Case], store: Store, clip: ClipModel) -> pd.DataFram
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def results(made: Sequence[Case], store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:
+def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What was measured: scores, a row per image (`table`, `variant`, `seed` of the training, `concept`, `prompt`,
     `image_seed`, the scores, `drift`, `moongate`), and summary, a row per table, variant and measure (`value`, `low`,
     `high`, `samples`)."""
-    tower = clip_tower(load_clip(clip_path(made[0].plan.batch.evaluation.clip)))
+    tower = clip_tower(clip)
     real: dict[str, np.ndarray] = {}
     for case in made:
         for stage in case.plan.of("regularization"):
@@ -314,11 +314,12 @@ def weight_changes(made: Sequence[Case], store: Store, backbone: Backbone) -> pd
 def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Backbone, folder: Path) -> None:
     """`README.md` with a table and a plot for each of the study's, `scores.parquet`, `summary.parquet`, pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    scores, summary = results(made, store)
+    clip = load_clip(clip_path(made[0].plan.batch.evaluation.clip))
+    scores, summary = results(made, store, clip)
     scores.to_parquet(folder / "scores.parquet")
     summary.to_parquet(folder / "summary.parquet")
     changes = weight_changes(made, store, backbone)
-    pairs = pairs_of(made, store, load_clip(clip_path(made[0].plan.batch.evaluation.clip)))
+    pairs = pairs_of(made, store, clip)
     if len(pairs):
         pairs.to_parquet(folder / "composition.parquet")
     text = [f"# {study.name}", ""]
