@@ -33,12 +33,13 @@ VERSIONS = {
     "constraints": 1,
     "sums": 1,
     "merge": 2,
+    "released": 1,
     "evaluate": 3,
     "compose": 1,
     "release": 3,
-    "released": 1,
 }
-"""Kind -> version; raised when a stage's code makes other results from the same parameters."""
+"""Kind -> version; raised when a stage's code makes other results from the same parameters. A kind reads only kinds
+before it."""
 
 
 SUMMED = 512
@@ -320,13 +321,14 @@ def _kept_stage(trained: list[Stage]) -> Stage:
 
 
 def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
-    """Regularisation images that the base draws itself; concepts of one class have one key, so they are drawn once."""
+    """Regularisation images that the base draws itself; concepts of one class have one key, whatever the seed of the
+    training, so they are drawn once."""
     prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
     return Stage(
         "generated",
         concept.name,
         base
-        | {"prompt": prompt, "images": batch.retrieval.images, "seed": batch.training.seed}
+        | {"prompt": prompt, "images": batch.retrieval.images}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),
         (),
         {"base": batch.base_path, "attention": batch.training.attention},
@@ -362,7 +364,8 @@ def _evaluate_stage(batch: ConceptBatch, concept: Concept, params: dict[str, Any
             "evaluation": batch.evaluation.model_dump(exclude={"prompts", "clip"}),
             "prompts": list(batch.prompts_of(concept)),
             "concept": concept.name,
-            "phrase": [concept.token, concept.class_word],
+            # the base knows no token: by whatever a concept goes, the base's images are the same
+            "phrase": [concept.token if inputs else "", concept.class_word],
         },
         inputs,
         {

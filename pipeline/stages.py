@@ -165,7 +165,7 @@ def generate(work: Work) -> None:
     images = draw(
         backbone,
         [params["prompt"]] * count,
-        seeds=[params["seed"] + i for i in range(count)],
+        seeds=list(range(count)),
         steps=params["steps"],
         guidance=params["guidance"],
         progress=lambda done: work.progress("images", done, count),
@@ -233,16 +233,18 @@ def train_pack(
             progress(stage_of[id(member)], "steps", step, member.settings.steps)
 
     failures = {}
-    start = time.time()
+    seconds, since, active = 0.0, time.time(), len(members)
     for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
         stage = stage_of[id(member)]
+        now = time.time()
+        seconds += (now - since) / active  # its part of the pack's
+        since, active = now, active - 1
         if isinstance(result, TrainingDiverged):
             failures[stage.key] = str(result)
             continue
         if strategy.rank:
             continue  # the first rank writes
-        seconds = round((time.time() - start) / len(members), 3)  # its part of the pack's
-        description = {"name": stage.name, "params": stage.params, "seconds": seconds}
+        description = {"name": stage.name, "params": stage.params, "seconds": round(seconds, 3)}
         with store.create(stage.kind, stage.key, description) as out:
             result.save(out / "weights.safetensors")
             shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")

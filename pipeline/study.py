@@ -189,9 +189,7 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
 
     for stage in wanted:
         need(stage)
-    kinds = [*dict.fromkeys(stage.kind for stage in plan), "compose"]
-    ordered = sorted(needed.values(), key=lambda stage: kinds.index(stage.kind))
-    return Case(table.name, variant, seed, Plan(plan.batch, tuple(ordered), plan.notes), stages, pairs)
+    return Case(table.name, variant, seed, Plan(plan.batch, tuple(needed.values()), plan.notes), stages, pairs)
 
 
 def pairs_of(made: Sequence[Case], store: Store, clip: ClipModel) -> pd.DataFrame:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline.estimate import pack_size
-from pipeline.plan import Plan, Stage, UnusableConcepts, make_plan
+from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
@@ -102,11 +102,11 @@ def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
     left_out: list[str] = []
     try:
         with ray_session():
-            failed = run_stages(plan, store)
+            failed = run_stages([plan], store)
             if failed and (rest := _trained(plan, store)) and plan.batch.merge.partial:
                 plan = make_plan(plan.batch.model_copy(update={"concepts": rest}))
                 left_out = failed
-                failed = run_stages(plan, store)
+                failed = run_stages([plan], store)
             if failed:
                 raise StageFailed("\n".join(left_out + failed))
     finally:
@@ -297,17 +297,20 @@ def _work(
     return failures
 
 
-def run_stages(plan: Plan, store: Store) -> list[str]:
-    """Do what there is to do; returns what failed, where it failed first."""
+def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
+    """Do what there is to do, of all plans at once; returns what failed, where it failed first.
+
+    Raises: ValueError when a plan asks for what the cluster has not.
+    """
     if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
         print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
         ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
-    todo = list({stage.key: stage for stage in plan.todo(store)}.values())
+    todo = list({stage.key: stage for plan in plans for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
-    for kind in dict.fromkeys(stage.kind for stage in plan):  # a kind reads only kinds before it
+    for kind in VERSIONS:  # a kind reads only kinds before it
         same = [stage for stage in todo if stage.kind == kind]
-        if kind == "train" and same:
-            jobs += _packs(plan, same)
+        if kind == "train":
+            jobs += _packs(plans, same)
         elif kind == "candidates" and same:
             jobs.append(tuple(same))
         else:
@@ -315,8 +318,8 @@ def run_stages(plan: Plan, store: Store) -> list[str]:
     resources, nodes = ray.cluster_resources(), _nodes()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
-    devices, ranks = gpus or len(nodes), plan.batch.training.ranks
-    if plan.batch.training.attention == "xformers" and not gpus:
+    devices = gpus or len(nodes)
+    if not gpus and any(plan.batch.training.attention == "xformers" for plan in plans):
         raise ValueError("training.attention: xformers needs CUDA, and there is no GPU here; use 'auto' or 'sdpa'")
     counts = collections.Counter(stages[0].kind for stages in jobs)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -326,8 +329,9 @@ def run_stages(plan: Plan, store: Store) -> list[str]:
     waiting: list[Any] = []
     for stages in jobs:
         kind, together = stages[0].kind, on_ranks(stages[0])
+        ranks = stages[0].places["ranks"] if together else 1
         needs = {refs[source.key] for stage in stages for source in stage.inputs if source.key in refs}
-        share = max(1, min(most, cores // (counts[kind] * (ranks if together else 1))))
+        share = max(1, min(most, cores // (counts[kind] * ranks)))
         cpus = share if kind in ON_DEVICE and not gpus else 1
         # such a task only waits for processes that it has Ray start, and those take the resources
         spread = stages[0].places.get("distributor") == "ray"
@@ -342,7 +346,7 @@ def run_stages(plan: Plan, store: Store) -> list[str]:
         ).remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
         refs |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []
-    return _follow(jobs, refs, board, functools.partial(trainings_ended, plan.batch.name, store=store))
+    return _follow(jobs, refs, board, functools.partial(trainings_ended, plans[0].batch.name, store=store))
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -350,18 +354,37 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
-def _packs(plan: Plan, trainings: list[Stage]) -> list[tuple[Stage, ...]]:
+def _packs(plans: Sequence[Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
-    if on_ranks(trainings[0]):
-        return [(stage,) for stage in trainings]
-    size, nodes = plan.batch.training.pack_size, _nodes()
+    nodes = _nodes()
     devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
-    if not METHODS[plan.batch.training.method].mergeable:
-        size = 1
-    elif size == "auto":
-        size = pack_size(plan, _device_memory(nodes))
-    count = max(-(-len(trainings) // size), min(devices, len(trainings)))
-    return [tuple(trainings[i::count]) for i in range(count)]
+    of_batch = {stage.key: plan for plan in plans for stage in plan.of("train")}
+    alike: dict[str, list[Stage]] = {}
+    for stage in trainings:
+        alike.setdefault(content_key([_shared(stage)]), []).append(stage)
+    packs: list[tuple[Stage, ...]] = []
+    for stages in alike.values():
+        plan = of_batch[stages[0].key]
+        size = plan.batch.training.pack_size
+        if on_ranks(stages[0]) or not METHODS[plan.batch.training.method].mergeable:
+            size = 1
+        elif size == "auto":
+            size = pack_size(plan, _device_memory(nodes))
+        count = max(-(-len(stages) // size), min(devices, len(stages)))
+        packs += [tuple(stages[i::count]) for i in range(count)]
+    return packs
+
+
+def _shared(training: Stage) -> dict[str, Any]:
+    """What the members of a pack have in common."""
+    settings = training.params["training"]
+    names = ("method", "train_text_encoder", "batch_size", "precision")
+    places = ("base", "attention", "gradient_checkpointing", "compile", "pack_size", "strategy")
+    return {
+        "prior": settings["regularization"] != "none",
+        **{name: settings[name] for name in names},
+        **{name: training.places[name] for name in places},
+    }
 
 
 def _device_memory(nodes: list[dict[str, Any]]) -> float:

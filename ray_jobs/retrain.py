@@ -182,7 +182,7 @@ def _compare(
     measuring = Plan(plan.batch, current.stages + own.stages, ())
     if measuring.todo(store):
         with ray_session():
-            if failed := run_stages(measuring, store):
+            if failed := run_stages([measuring], store):
                 raise StageFailed("\n".join(failed))
     released = set(latest.manifest["provenance"]["concepts"])
     missing = sorted((released & catalogue) - {c.name for c in plan.batch.concepts})

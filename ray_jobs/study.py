@@ -1,4 +1,4 @@
-"""`polyconcept study`: make what a study compares, case by case, then its tables and figures."""
+"""`polyconcept study`: make what a study compares, all at once, then its tables and figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ def run_study(path: Path) -> Path:
     study = load_study(path)
     made = list(cases(study, path))
     store = Store(study.store.replace("{name}", study.name))
-    if any(case.plan.todo(store) for case in made):
+    plans = [case.plan for case in made]
+    if any(plan.todo(store) for plan in plans):
         with ray_session():
-            for number, case in enumerate(made, 1):
-                print(f"{number} of {len(made)}: {case.table}, {case.variant}, seed {case.seed}", flush=True)
-                if failed := run_stages(case.plan, store):
-                    raise StageFailed("\n".join(failed))
+            if failed := run_stages(plans, store):
+                raise StageFailed("\n".join(failed))
     folder = Path(study.output)
     write_study(study, made, store, load_backbone(base_path(made[0].plan.batch.base)), folder)
     return folder

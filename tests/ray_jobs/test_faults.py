@@ -58,7 +58,7 @@ def test_a_node_goes_away(plan, tmp_path, same_weights):
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         threading.Thread(target=lose_a_node, daemon=True).start()
-        assert run_stages(plan, shared) == []
+        assert run_stages([plan], shared) == []
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -76,7 +76,7 @@ def test_workers_come_later(plan, tmp_path, capsys):
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         with ThreadPoolExecutor() as pool:  # nodes are started by the main thread only
-            outcome = pool.submit(run_stages, Plan(plan.batch, tuple(plan.of("features")), ()), store)
+            outcome = pool.submit(run_stages, [Plan(plan.batch, tuple(plan.of("features")), ())], store)
             time.sleep(3)
             cluster.add_node(num_cpus=1)
             assert outcome.result(timeout=120) == []
