@@ -359,9 +359,14 @@ def _packs(plans: Sequence[Plan], trainings: list[Stage]) -> list[tuple[Stage, .
     nodes = _nodes()
     devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
     of_batch = {stage.key: plan for plan in plans for stage in plan.of("train")}
-    alike: dict[str, list[Stage]] = {}
+    alike: dict[tuple[str, int], list[Stage]] = {}
+    before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
-        alike.setdefault(content_key([_shared(stage)]), []).append(stage)
+        key, tokens = content_key([_shared(stage)]), [token for token, _, _ in stage.params["concepts"].values() if token]
+        # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
+        place = max((before[key, token] for token in tokens), default=0)
+        before.update({(key, token): place + 1 - before[key, token] for token in tokens})
+        alike.setdefault((key, place), []).append(stage)
     packs: list[tuple[Stage, ...]] = []
     for stages in alike.values():
         plan = of_batch[stages[0].key]
