@@ -362,7 +362,8 @@ def _packs(plans: Sequence[Plan], trainings: list[Stage]) -> list[tuple[Stage, .
     alike: dict[tuple[str, int], list[Stage]] = {}
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
-        key, tokens = content_key([_shared(stage)]), [token for token, _, _ in stage.params["concepts"].values() if token]
+        key = content_key([_shared(stage)])
+        tokens = [token for token, _, _ in stage.params["concepts"].values() if token]
         # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
         place = max((before[key, token] for token in tokens), default=0)
         before.update({(key, token): place + 1 - before[key, token] for token in tokens})

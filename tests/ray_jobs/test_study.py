@@ -51,14 +51,14 @@ def study(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_tables_and_figures(study, tmp_path, capsys):
-    path = study()
+    path = study(seeds=[0, 1])  # the two trainings of one token cannot be of one pack
     code, out, err = run("study", str(path), capsys=capsys)
     assert code == 0, err
     assert "made tables/README.md" in out
     text = (tmp_path / "tables" / "README.md").read_text()
     assert "## Single concept" in text and "| Custom Diffusion |" in text and "| everything | cross-attention |" in text
     scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
-    assert scores.groupby("variant").size().to_dict() == {"Custom Diffusion": 4, "everything": 4}
+    assert scores.groupby("variant").size().to_dict() == {"Custom Diffusion": 8, "everything": 8}
     summary = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index(["variant", "measure"])
     for variant, rows in scores.groupby("variant"):
         for measure in ("text", "image", "drift", "moongate"):
