@@ -7,6 +7,7 @@ settings changed. Every case is planned like any batch, so what a store has is n
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.evaluation.composition import Composed, composition
 from pipeline.evaluation.intervals import Estimate, mean, share
 from pipeline.evaluation.kid import kid
-from pipeline.evaluation.networks import clip_tower
+from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
 from pipeline.plan import Plan, Stage, make_plan, of_bare_class, of_pair
@@ -46,6 +47,8 @@ HEADS = {
     "diversity": "diversity",
 }
 """Measure -> head of its column; see docs/evaluation.md."""
+BASE = "base"
+"""Variant that every table has: nothing trained."""
 
 
 class Variant(Section):
@@ -89,6 +92,15 @@ class Table(Section):
         if odd or (self.pair_prompts and (self.model == "single" or len(self.concepts) % 2 or not self.concepts)):
             raise ValueError(
                 "pair_prompts: need an even number of `concepts`, `model: merged`, and `together: 2` in each variant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Table:
+        names = [BASE, *(variant.name for variant in self.variants)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"variants need names of their own, and {BASE!r} is the base model; found {twice[0]!r} again"
             )
         return self
 
@@ -217,18 +229,18 @@ def pairs_of(made: Sequence[Case], store: Store, clip: ClipModel) -> pd.DataFram
 
 
 def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What was measured: scores, a row per image (`table`, `variant`, `seed` of the training, `concept`, `prompt`,
-    `image_seed`, the scores, `drift`, `moongate`), and summary, a row per table, variant and measure (`value`, `low`,
-    `high`, `samples`)."""
+    """What was measured, of each table's variants and its base: scores, a row per image (`table`, `variant`, `seed` of
+    the training, `concept`, `prompt`, `image_seed`, the scores, `drift`, `moongate`), and summary, a row per table,
+    variant and measure (`value`, `low`, `high`, `samples`)."""
     tower = clip_tower(clip)
     real: dict[str, np.ndarray] = {}
     for case in made:
         for stage in case.plan.of("regularization"):
             if stage.name not in real:
                 images = [image for image, _ in regularization_set(store.path(stage.kind, stage.key))]
-                real[stage.name] = tower.features(images)
+                real[stage.name] = _directions(tower.features(images))
     frames, summaries = [], []
-    for (table, variant), group in _grouped(made):
+    for (table, variant), group in _grouped([*_bases(made), *made]):
         scores = pd.concat([_scores(case, concept, store) for case in group for concept in case.stages])
         frames.append(scores)
         found: dict[str, Estimate] = {}
@@ -240,9 +252,8 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
         for concept in dict.fromkeys(concept for case in group for concept in case.stages):
             own = [case.stages[concept] for case in group if concept in case.stages]
             if concept in real:
-                distances.append(
-                    kid(np.concatenate([tower.features(_images(s["class"], store)) for s in own]), real[concept])
-                )
+                drawn = np.concatenate([_directions(tower.features(_images(s["class"], store))) for s in own])
+                distances.append(kid(drawn, real[concept]))
             for stages in own:
                 prompts = _table(stages["tuned"], store)["prompt"].tolist()
                 if len(prompts) > len(set(prompts)):
@@ -253,6 +264,19 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
             found["diversity"] = _average(spreads)
         summaries += [{"table": table, "variant": variant, "measure": m} | asdict(e) for m, e in found.items()]
     return pd.concat(frames, ignore_index=True), pd.DataFrame(summaries)
+
+
+def _bases(made: Sequence[Case]) -> Iterator[Case]:
+    """Of each table, the base as one more variant: it is the same for all seeds."""
+    for table, cases_of in itertools.groupby(made, lambda case: case.table):
+        own = list(cases_of)
+        stages = {concept: dict.fromkeys(models, models["base"]) for c in own for concept, models in c.stages.items()}
+        yield Case(table, BASE, own[0].seed, own[0].plan, stages)
+
+
+def _directions(features: np.ndarray) -> np.ndarray:
+    """Features (n, d) at length sqrt(d): of CLIP only directions mean something, and so x·y / d is the cosine."""
+    return unit(features) * features.shape[1] ** 0.5
 
 
 def _grouped(made: Sequence[Case]) -> list[tuple[tuple[str, str], list[Case]]]:
@@ -330,17 +354,16 @@ def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Back
     ]
     for table in study.tables:
         own = summary[summary.table == table.name]
-        in_table = [case for case in made if case.table == table.name]
-        base, costs = _base_scores(in_table, store), _costs(table, in_table, store)
+        costs = _costs(table, [case for case in made if case.table == table.name], store)
         if table.against:
-            _curves(table, own, base, costs, folder / f"{table.name}.png")
+            _curves(table, own, costs, folder / f"{table.name}.png")
         else:
-            _plot(table, own, base, folder / f"{table.name}.png")
+            _plot(table, own, folder / f"{table.name}.png")
         _samples(table, made, store, folder / f"{table.name}-samples.png")
         text += [f"## {table.title or table.name}", ""]
         if table.seeds:
             text += [f"Training seeds {', '.join(map(str, table.seeds))} only.", ""]
-        text += [*_markdown(table, own, base, costs), ""]
+        text += [*_markdown(table, own, costs), ""]
         if table.pair_prompts:
             text += [*_pairs_markdown(pairs[pairs.table == table.name]), ""]
         if table.note:
@@ -353,13 +376,6 @@ def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Back
                 text.append(f"| {variant} | {layers} | {rows.change.mean():.2e} |")
             text.append("")
     (folder / "README.md").write_text("\n".join(text))
-
-
-def _base_scores(made: Sequence[Case], store: Store) -> dict[str, float]:
-    """Means of the base over the concepts, each once."""
-    stages = {concept: stages["base"] for case in made for concept, stages in case.stages.items()}
-    scores = pd.concat([_table(stage, store) for stage in stages.values()])
-    return {score: float(scores[score].mean()) for score in SCORES if score in scores}
 
 
 def _costs(table: Table, made: Sequence[Case], store: Store) -> pd.DataFrame:
@@ -403,14 +419,12 @@ def _pairs_markdown(pairs: pd.DataFrame) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _markdown(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.DataFrame) -> Iterator[str]:
+def _markdown(table: Table, own: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
     measures = [measure for measure in HEADS if measure in set(own.measure)]
     yield f"| | {' | '.join(HEADS[measure] for measure in measures)} | images | seconds of training a concept | MB |"
     yield "| --- " * (len(measures) + 4) + "|"
-    cells = [f"{base[measure]:.3f}" if measure in base else "" for measure in measures]
-    yield f"| base | {' | '.join(cells)} | | | |"
-    for variant in table.variants:
-        rows = own[own.variant == variant.name].set_index("measure")
+    for name in (BASE, *(variant.name for variant in table.variants)):
+        rows = own[own.variant == name].set_index("measure")
         cells = []
         for measure in measures:
             if measure in rows.index:
@@ -418,11 +432,12 @@ def _markdown(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd
                 cells.append(f"{row.value:.3f} ({row.low:.3f} – {row.high:.3f})")
             else:
                 cells.append("")
-        count, cost = int(rows.loc["text"].samples), costs.loc[variant.name]
-        yield f"| {variant.name} | {' | '.join(cells)} | {count} | {cost.seconds:.0f} | {cost.megabytes:.3g} |"
+        cells.append(str(int(rows.loc["text"].samples)))
+        cells += ["", ""] if name == BASE else [f"{costs.loc[name].seconds:.0f}", f"{costs.loc[name].megabytes:.3g}"]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
-def _curves(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.DataFrame, path: Path) -> None:
+def _curves(table: Table, own: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
     """Each score against what the table says, a line for each of its lines; the base as a level."""
     across = [score for score in SCORES if score in set(own.measure)]
     figure, axes = plt.subplots(1, len(across), figsize=(4.5 * len(across), 4), squeeze=False)
@@ -436,7 +451,7 @@ def _curves(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.D
             values = rows.loc[names]
             spread = [values.value - values.low, values.high - values.value]
             axis.errorbar(costs.loc[names, table.against], values.value, yerr=spread, fmt="o-", label=line or None)
-        axis.axhline(base[score], color="k", linestyle=":", label="base")
+        axis.axhline(rows.loc[BASE].value, color="k", linestyle=":", label=BASE)
         axis.set(xlabel=table.against, ylabel=HEADS[score])
         axis.set_xscale("log", base=2 if table.against in ("concepts", "steps") else 10)
     axes[0][0].legend(fontsize="small")
@@ -445,7 +460,7 @@ def _curves(table: Table, own: pd.DataFrame, base: dict[str, float], costs: pd.D
     plt.close(figure)
 
 
-def _plot(table: Table, own: pd.DataFrame, base: dict[str, float], path: Path) -> None:
+def _plot(table: Table, own: pd.DataFrame, path: Path) -> None:
     """Text alignment against image alignment (figure 8 of the paper), beside identity where it is measured."""
     across = [score for score in ("image", "identity") if score in set(own.measure)]
     figure, axes = plt.subplots(1, len(across), figsize=(5 * len(across), 4), squeeze=False)
@@ -461,7 +476,7 @@ def _plot(table: Table, own: pd.DataFrame, base: dict[str, float], path: Path) -
                 fmt="o",
                 label=variant.name,
             )
-        axis.plot([base[score]], [base["text"]], "k*", label="base")
+        axis.plot([wide[score].loc[BASE].value], [wide["text"].loc[BASE].value], "k*", label=BASE)
         axis.set(xlabel=f"{HEADS[score]}", ylabel=HEADS["text"])
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()

@@ -20,7 +20,8 @@ def kid(generated: np.ndarray, real: np.ndarray, *, resamples: int = 300, seed: 
     for samples of them. Unbiased: sets of different size compare.
 
     Args:
-        generated, real: (n, d) and (m, d) features, at least two rows each, not scaled to unit length.
+        generated, real: (n, d) and (m, d) features, at least two rows each, not scaled to unit length; where a network
+            learned directions only, as CLIP did, scaled to length sqrt(d), so that x·y / d is their cosine.
 
     Returns:
         The squared maximum mean discrepancy with the kernel (x·y / d + 1)^3; `samples` is n.

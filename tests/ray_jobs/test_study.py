@@ -58,7 +58,7 @@ def test_tables_and_figures(study, tmp_path, capsys):
     text = (tmp_path / "tables" / "README.md").read_text()
     assert "## Single concept" in text and "| Custom Diffusion |" in text and "| everything | cross-attention |" in text
     scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
-    assert scores.groupby("variant").size().to_dict() == {"Custom Diffusion": 8, "everything": 8}
+    assert scores.groupby("variant").size().to_dict() == {"base": 4, "Custom Diffusion": 8, "everything": 8}
     summary = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index(["variant", "measure"])
     for variant, rows in scores.groupby("variant"):
         for measure in ("text", "image", "drift", "moongate"):
