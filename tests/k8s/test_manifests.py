@@ -17,7 +17,7 @@ import pytest
 import yaml
 from manifests import OVERLAYS, ROOT, objects, render, walk
 
-from pipeline.spec import load_batch
+from pipeline.spec import load_batch, load_retraining
 
 KUBERNETES = "1.34"
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -127,6 +127,9 @@ def test_image_holds_the_project():
     assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
     assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3"}
     assert "USER 1000:1000" in lines and "xformers" in PINNED
+    # what changes with every build comes after the layers
+    *_, argument, environment, command = lines
+    assert (argument, environment) == ('ARG GIT_COMMIT=""', "ENV GIT_COMMIT=${GIT_COMMIT}") and command[:4] == "CMD "
 
 
 @overlays
@@ -151,6 +154,7 @@ def test_dashboard_and_gcs_are_closed(overlay):
     assert among == {"from": [nodes]} and [port["port"] for port in metrics["ports"]] == [8080]
     (dashboard,) = policies["ray-dashboard"]["ingress"]
     submitter, operator = dashboard["from"]
+    assert operator["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay"}
     assert [port["port"] for port in dashboard["ports"]] == [8265]
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
     for item in objects(overlay):
@@ -190,16 +194,29 @@ def test_jobs_run_what_there_is(overlay, tmp_path):
     files = {k: v for o in objects(overlay) if o["kind"] == "ConfigMap" for k, v in o["data"].items()}
     for item in objects(overlay):
         for spec in (node for node in walk(item) if "entrypoint" in node):
-            python, option, module, file = shlex.split(spec["entrypoint"])
+            python, option, module, file, *options = shlex.split(spec["entrypoint"])
             assert (python, option) == ("python", "-m") and file.startswith("/jobs/")
             name = Path(file).name
             cluster = next(o["spec"] for o in objects(overlay) if o["kind"] == "RayCluster")
             (jobs,) = (v for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if v["name"] == "jobs")
             mounted = {source["configMap"]["name"] for source in jobs["projected"]["sources"]}
             assert any(o["metadata"]["name"] in mounted and name in o.get("data", {}) for o in objects(overlay))
+            assert importlib.util.find_spec(module)
+            (tmp_path / name).write_text(files[name])
             if module == "ray_jobs.concept_batch":
-                assert importlib.util.find_spec(module)
-                (tmp_path / name).write_text(files[name])
+                assert not options
                 load_batch(tmp_path / name).check_places()
             else:
-                assert module == "ray_jobs.retrain" and yaml.safe_load(files[name])["catalogue"]
+                assert module == "ray_jobs.retrain" and options[0] == "--wait"
+                asked = load_retraining(tmp_path / name)
+                asked.check_places()
+                # a job that is tried again finds the lease of the try that died
+                assert 60 * float(options[1]) > asked.lease
+
+
+@overlays
+def test_heads_are_not_evicted(overlay):
+    """Of no cluster, however many there are. RayClusters have no scale, so that only a whole number counts."""
+    (budget,) = (o["spec"] for o in objects(overlay) if o["kind"] == "PodDisruptionBudget")
+    assert budget["selector"] == {"matchLabels": {"ray.io/node-type": "head"}}
+    assert isinstance(budget["minAvailable"], int) and budget["minAvailable"] > 1000
