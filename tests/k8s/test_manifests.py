@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -108,13 +111,34 @@ def test_versions_are_those_of_the_project(overlay):
 
 @overlays
 def test_another_registry_is_named_in_one_place(overlay, tmp_path):
-    """As docs/operations.md says it."""
     base = os.path.relpath(ROOT / "k8s" / "overlays" / overlay, tmp_path)
     images = [{"name": "polyconcept", "newName": "registry.example.com/polyconcept"}]
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "images": images}))
     found = {n["image"] for o in render(str(tmp_path)) for n in walk(o) if isinstance(n.get("image"), str)}
     assert {image for image in found if "kubectl" not in image} == {f"registry.example.com/{IMAGE}"}
     assert not any("image:" in text for o in render(str(tmp_path)) for text in o.get("data", {}).values())
+
+
+def test_overlays_of_ones_own(tmp_path):
+    """By the commands of docs/operations.md: what the component changes is in both, and in the jobs' clusters."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (block,) = re.findall(r"(?ms)^    mkdir -p k8s/overlays/ours.*?(?=^\S)", (ROOT / "docs/operations.md").read_text())
+    subprocess.run(["bash", "-euc", textwrap.dedent(block)], cwd=tmp_path, check=True)
+    shared = []
+    for overlay, file in (("ours-cron", "retrain.yaml"), ("ours-batch", "batch.yaml")):
+        with (tmp_path / "k8s/overlays" / overlay / file).open("a") as f:
+            f.write("# ours\n")
+        found = render(str(tmp_path / "k8s/overlays" / overlay))
+        (text,) = (o["data"][file] for o in found if file in o.get("data", {}))
+        assert text.endswith("# ours\n")
+        images = {n["image"] for o in found for n in walk(o) if isinstance(n.get("image"), str)}
+        assert images == {f"REGISTRY/{IMAGE}"}
+        cluster, job = [n for o in found for n in walk(o) if "rayVersion" in n]
+        assert cluster == job and cluster["workerGroupSpecs"][0]["maxReplicas"] == 4
+        (volume,) = (o["spec"] for o in found if o["kind"] == "PersistentVolumeClaim")
+        assert volume["storageClassName"] == "CLASS"
+        shared.append((cluster, volume))
+    assert shared[0] == shared[1]
 
 
 def test_image_holds_the_project():
