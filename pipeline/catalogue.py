@@ -23,14 +23,15 @@ CARD = "concept.yaml"
 def read_catalogue(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
     """The concepts, sorted by name, and what is wrong with the others: name -> why.
 
-    A catalogue that is not on this machine is copied to `<output>/catalogue`, which all nodes of a cluster reach.
+    A catalogue that is not on this machine is copied to `<output>/.catalogue`, which all nodes of a cluster reach.
 
     Raises: ValueError when there is no catalogue or no concept in it: an empty bucket is a mistake more often than a
         wish to have nothing released.
     """
     root = Path(asked.catalogue)
     if "://" in asked.catalogue:
-        root = Path(asked.output_path).absolute() / "catalogue"
+        # what is there is removed: a name that nobody gives a folder of their own
+        root = Path(asked.output_path).absolute() / ".catalogue"
         _fetch(asked.catalogue, root)
     if not root.is_dir():
         raise ValueError(f"{asked.catalogue}: no such folder; the catalogue has a folder for each concept")
@@ -50,9 +51,11 @@ def _read(card: Path) -> Concept:
     for key in ("name", "images"):
         if key in data:
             raise ValueError(f"{card}: {key}: given by the folder; leave it out")
+    concept = validated(Concept, data | {"name": card.parent.name, "images": [str(card.parent.absolute())]}, card)
+    if concept.token or concept.new_category:
+        return concept
     # by the name, not by the position: it stays what it is when others come and go
-    default = {"name": card.parent.name, "token": f"<{card.parent.name}>", "images": [str(card.parent.absolute())]}
-    return validated(Concept, default | data, card)
+    return concept.model_copy(update={"token": f"<{concept.name}>"})
 
 
 def _fetch(url: str, folder: Path) -> None:

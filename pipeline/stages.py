@@ -57,7 +57,7 @@ from training.features import (
     concept_features,
     regularization_features,
 )
-from training.images import load_images
+from training.images import ConceptImages, load_images
 from training.loop import train
 from training.run import Member, TrainingConcept, TrainingDiverged, TrainingSettings
 from training.strategies import Single
@@ -99,6 +99,17 @@ def _backbone(path: str, dtype: torch.dtype) -> Backbone:
     return load_backbone(path, dtype=dtype)
 
 
+def _planned_images(places: list[str], digests: list[str]) -> ConceptImages:
+    """A concept's images, which are to be those that the plan saw: the artifact's key says so.
+
+    Raises: ValueError when they were changed since.
+    """
+    found = load_images(places)
+    if found.digests != digests:
+        raise ValueError(f"{', '.join(places)}: the images changed during the run; run again")
+    return found
+
+
 # --- retrieval -----------------------------------------------------------------------------------------
 
 
@@ -138,7 +149,7 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
 
 def regularization(work: Work) -> None:
     params = work.stage.params
-    own = [perceptual_hash(image) for image in load_images(work.stage.places["images"]).images]
+    own = [perceptual_hash(image) for image in _planned_images(work.stage.places["images"], params["exclude"]).images]
     with contextlib.ExitStack() as stack:
         base_url = stack.enter_context(serve_corpus()) if params["miniature"] else params["base_url"] or None
         found = download(
@@ -183,7 +194,7 @@ def regularization_set(artifact: Path) -> RegularizationSet:
 
 def features(work: Work) -> None:
     params, backbone = work.stage.params, _backbone(work.stage.places["base"], torch.float32)
-    own = load_images(work.stage.places["images"])
+    own = _planned_images(work.stage.places["images"], params["images"])
     made = concept_features(
         backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
     )
@@ -431,8 +442,9 @@ def evaluate(work: Work) -> None:
     of them, a row per prompt."""
     params, places = work.stage.params, work.stage.places
     judges = Judges.load(load_clip(places["clip"]), params["evaluation"]["identity"])
+    own = _planned_images(places["images"], params["images"])
     drawn, images = _draw_prompts(work, [params["phrase"]])
-    values = scores(judges, images, drawn.pop("plain").tolist(), load_images(places["images"]).images)
+    values = scores(judges, images, drawn.pop("plain").tolist(), own.images)
     drawn.assign(**values).to_parquet(work.out / "scores.parquet")
 
 
@@ -441,8 +453,9 @@ def compose(work: Work) -> None:
     each appears; `images/`, `images.png`: as `evaluate`."""
     params, places = work.stage.params, work.stage.places
     judge = identity_judge() if params["evaluation"]["identity"] else clip_tower(load_clip(places["clip"]))
+    own = [_planned_images(*each).images for each in zip(places["images"], params["images"], strict=True)]
     drawn, images = _draw_prompts(work, params["phrases"])
-    first, second = appearance(judge, images, [load_images(each).images for each in places["images"]])
+    first, second = appearance(judge, images, own)
     drawn.drop(columns="plain").assign(first=first, second=second).to_parquet(work.out / "appearance.parquet")
 
 

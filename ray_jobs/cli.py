@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,17 +65,27 @@ def retrain(
     from ray_jobs.retrain import Exit, JsonLines
     from ray_jobs.retrain import retrain as bring_up_to_date
 
-    asked = load_retraining(retraining_file)
-    asked = asked.model_copy(update={"output": output}) if output else asked
     logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    start = time.monotonic()
+
+    def log_end(code: Exit) -> None:
+        logger.info("end", extra={"exit": int(code), "seconds": round(time.monotonic() - start, 1)})
+
     try:
+        asked = load_retraining(retraining_file)
+        asked = asked.model_copy(update={"output": output}) if output else asked
         outcome = bring_up_to_date(asked, wait * 60)
-    except Busy as error:
+    except Exception as error:
+        logger.error("failed", extra={"error": str(error) or repr(error)})
+        log_end(Exit.BUSY if isinstance(error, Busy) else Exit.BAD_INPUT)
+        if not isinstance(error, Busy):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(Exit.BUSY) from None
+    log_end(outcome.exit)
     for line in outcome.left_out:
         print(f"left out: {line}", file=sys.stderr)
     if outcome.exit == Exit.REFUSED:
@@ -362,8 +374,15 @@ def _print_summary(figures: dict[str, Any]) -> None:
     )
 
 
+def _is_from_outside(error: Exception) -> bool:
+    """Whether S3's client or Ray raised it, for which they have no OSError. Not imported: none of theirs."""
+    kinds = (("botocore.exceptions", "BotoCoreError"), ("ray.exceptions", "RayError"))
+    return any(name in sys.modules and isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; a user's mistake is a message and exit code 2."""
+    """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
+    of ours is a traceback and exit code 2, too: 1 says that something was released."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(arguments)
@@ -377,6 +396,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}; nothing half-written was kept", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if _is_from_outside(error):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(2)
 
 

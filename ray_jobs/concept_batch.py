@@ -32,6 +32,7 @@ from tqdm import tqdm
 from pipeline.estimate import pack_size
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
+from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
 from pipeline.stages import find_candidates, run_stage, shown, train_pack
@@ -78,6 +79,7 @@ def run(batch: ConceptBatch) -> Outcome:
     """
     if os.environ.get("RAY_ADDRESS"):
         batch.check_places()
+    signer(batch.publish.signing_key)  # a key that cannot be used is said now, not after the training
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = plan_usable(batch)

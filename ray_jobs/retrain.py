@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from pipeline.gate import Verdict, baseline, judge, retention, scores_of
 from pipeline.plan import Plan
 from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
-from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish
-from pipeline.release.versions import Version, changes
+from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish, versions
+from pipeline.release.sign import signer
+from pipeline.release.versions import Version, changes, promote
 from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
 from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
@@ -72,11 +73,9 @@ def retrain(asked: Retraining, wait: float = 0) -> Outcome:
     """
     if os.environ.get("RAY_ADDRESS"):
         asked.check_places()
-    start = time.monotonic()
+    signer(asked.publish.signing_key)  # a key that cannot be used is said now, not after the training
     with lease(asked.release_url, asked.lease, wait) as held:
-        outcome = _retrain(asked, held.check)
-    log.info("end", extra={"exit": int(outcome.exit), "seconds": round(time.monotonic() - start, 1)})
-    return outcome
+        return _retrain(asked, held.check)
 
 
 def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
@@ -86,9 +85,16 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     store.sweep()
     plan, unusable = plan_usable(asked.with_concepts(concepts))
     left_out |= unusable
-    latest, rolled_back = _published(destination)
-    _log_comparison(plan, latest)
+    seen = _latest_alias(destination)
+    latest, rolled_back = _published(destination, seen)
+    _log_comparison(plan, latest, left_out)
     known = {_release_key(version) for version in (latest, *rolled_back) if version}
+
+    def check() -> None:
+        """Raises: Busy when another run is or was at work."""
+        check_lease()
+        if _latest_alias(destination) != seen:  # the gate compared with a release that is not the current one any more
+            raise Busy(f"{destination}: `latest` was moved during this run; nothing released")
 
     def unchanged(plan: Plan) -> bool:
         """Whether this is the latest release already, or what people rolled back from and do not want."""
@@ -105,25 +111,27 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
                 passed = all(verdict.passed for verdict in verdicts)
                 GATE.inc(tags={"batch": asked.name, "result": "passed" if passed else "refused"})
     reasons = (*left_out.values(), *failed)
-    if unchanged(plan):
-        version = latest.name if latest else ""
+    current = f"{destination}/{latest.name}" if latest else ""
+    if unchanged(plan) and latest:
+        if not seen:
+            check()
+            promote(current)
         names = [left.name for left in rolled_back]
-        log.info("nothing changed", extra={"latest": version, "rolled_back": names, "left_out": reasons})
-        _push(asked, f"{destination}/{version}")
-        return Outcome(_exit(reasons), f"{destination}/{version}", reasons)
+        log.info("nothing changed", extra={"latest": latest.name, "rolled_back": names, "left_out": reasons})
+        _push(asked, current)
+        return Outcome(_exit(reasons), current, reasons)
     for verdict in verdicts:
         log.info("gate", extra=dataclasses.asdict(verdict))
     facts = provenance(plan, store) | {"gate": [dataclasses.asdict(verdict) for verdict in verdicts]}
-    check_lease()
-    if _published(destination)[0] != latest:  # the gate compared with a release that is not the current one any more
-        raise Busy(f"{destination}: `latest` was moved during this run; nothing published")
+    check()
     last = plan.stages[-1]
     folder = store.path(last.kind, last.key)
     if not all(verdict.passed for verdict in verdicts):
         place = _keep(plan, store, destination, facts)
         log.error("refused", extra={"candidate": place, "refused_by": [str(v) for v in verdicts if not v.passed]})
+        _push(asked, current)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
-    release = publish(folder, destination, facts, asked.publish.signing_key)
+    release = publish(folder, destination, facts, asked.publish.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
     write_results(plan, store, release.url)
     _push(asked, release.url)
@@ -131,7 +139,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
 
 
 def _push(asked: Retraining, release: str) -> None:
-    if asked.publish.hub:  # also when nothing changed: it may have failed last time
+    if asked.publish.hub:  # also when nothing is released: it may have failed last time
         log.info("on the hub", extra={"place": push(release, asked.publish.hub)})
 
 
@@ -143,14 +151,24 @@ def _usable(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
     return concepts, problems
 
 
-def _published(destination: str) -> tuple[Version | None, list[Version]]:
-    """The latest release, and those that were rolled back from."""
+def _latest_alias(destination: str) -> dict[str, Any]:
+    """What `latest.json` says now; empty when it is not there."""
     fs, root = url_to_fs(destination)
     fs.invalidate_cache()
-    content = alias_of(fs, root)
-    if not content:
-        return None, []
-    names = (content["version"], *content.get("rolled_back", ()))
+    return alias_of(fs, root)
+
+
+def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None, list[Version]]:
+    """The latest release, and those that were rolled back from. Where `latest.json` is missing, the newest whole
+    version counts as the latest: its loss (or a first run that was killed before writing it) must not open the gate."""
+    fs, root = url_to_fs(destination)
+    if not alias:
+        newest = next((name for _, name in reversed(versions(fs, root)) if manifest_of(fs, root, name)), None)
+        if not newest:
+            return None, []
+        log.warning("latest.json is missing", extra={"taken": newest})
+        alias = {"version": newest}
+    names = (alias["version"], *alias.get("rolled_back", ()))
     latest, *rolled_back = (Version(name, manifest_of(fs, root, name), ()) for name in names)
     if not latest.manifest:
         raise ValueError(
@@ -165,10 +183,13 @@ def _release_key(version: Version) -> str:
     return next((key for name, key in stages.items() if name.startswith("release ")), "")
 
 
-def _log_comparison(plan: Plan, latest: Version | None) -> None:
+def _log_comparison(plan: Plan, latest: Version | None, left_out: Iterable[str]) -> None:
+    """left_out: concepts that the catalogue has, broken."""
     trained = {name: {"training": s.key} for s in plan.of("train") for name in s.params["concepts"]}
     found = changes((latest and latest.manifest) or {}, {"provenance": {"concepts": trained}})
-    counted = found | {"unchanged": len(found["unchanged"])}
+    broken = sorted(left_out)
+    removed = [name for name in found["removed"] if name not in broken]
+    counted = found | {"removed": removed, "unchanged": len(found["unchanged"]), "left_out": broken}
     log.info("compared", extra={"latest": latest.name if latest else None, **counted})
 
 
@@ -190,8 +211,10 @@ def _compare(
 
 
 def _session(plan: Plan, store: Store) -> contextlib.AbstractContextManager[None]:
-    """One for all there is to compute; none if there is nothing."""
-    return ray_session() if plan.todo(store) else contextlib.nullcontext()
+    """One for all there is to compute; none if there is nothing, but on a cluster, where what the gate said is
+    counted."""
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    return ray_session() if on_cluster or plan.todo(store) else contextlib.nullcontext()
 
 
 def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> str:

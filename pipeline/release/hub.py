@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
-from pipeline.release.publish import resolve, verify
+from pipeline.release.publish import MANIFEST, resolve, verify
 from pipeline.release.versions import fetch, read
 
 SCHEME = "hf://"
@@ -18,7 +19,7 @@ SCHEME = "hf://"
 
 def push(release: str, repository: str) -> str:
     """Copy a release, whose sums are recomputed first, to a repository; it is made, private, when it is not there.
-    A version whose tag is there already is not copied again.
+    A version whose tag is there already, with the same content, is not copied again.
 
     All files go there in one commit, and what a release before had and this one has not is removed by it. HF_TOKEN (or
     what `hf auth login` stored) gives the right to, HF_ENDPOINT another hub.
@@ -27,16 +28,24 @@ def push(release: str, repository: str) -> str:
         release: folder or URL of a release, or of releases (then the latest).
         repository: `owner/name`.
     Returns: its place with the version's tag.
-    Raises: ValueError when the release is not whole or unchanged, or the hub refuses.
+    Raises: ValueError when the release is not whole or unchanged, its tag is there with another content, or the hub
+        refuses.
     """
     place = resolve(release)
-    version = read(place).get("version")
+    manifest = read(place)
+    version = manifest.get("version")
     if not version:
         raise ValueError(f"{place}: a candidate, not a release; promote it first")
     api = HfApi()
     try:
         repo = api.create_repo(repository, private=True, exist_ok=True).repo_id
-        if version not in {tag.name for tag in api.list_repo_refs(repo).tags}:
+        if version in {tag.name for tag in api.list_repo_refs(repo).tags}:
+            if _content(api, repo, version) != manifest["content"]:
+                raise ValueError(
+                    f"{SCHEME}{repo}: has a {version} with another content than {place}: of other releases? Give these "
+                    "a repository of their own, or delete that tag"
+                )
+        else:
             if problems := verify(place):
                 raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot pushed")
             with tempfile.TemporaryDirectory() as scratch:
@@ -45,6 +54,16 @@ def push(release: str, repository: str) -> str:
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
         raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
     return f"{SCHEME}{repo}@{version}"
+
+
+def _content(api: HfApi, repository: str, revision: str) -> str:
+    """What a revision's manifest says its content is; empty when it has no such manifest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            file = api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=scratch)
+            return json.loads(Path(file).read_text())["content"]
+        except (RemoteEntryNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # someone else's tag
+            return ""
 
 
 def _commit(api: HfApi, repository: str, folder: Path, message: str) -> None:

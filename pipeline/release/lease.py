@@ -40,7 +40,7 @@ class Lease:
     def check(self) -> None:
         """Raises: Busy when it is not held any more: another run may be at work."""
         if time.time() >= self.until or _numbers(self.fs, self.folder)[-1:] != [self.number]:
-            raise Busy("the lease ran out while this run was stopped or could not reach the store; nothing published")
+            raise Busy("the lease ran out while this run was stopped or could not reach the store; nothing released")
 
     def renew(self, seconds: float) -> None:
         until = time.time() + seconds
@@ -70,8 +70,8 @@ def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
                 held.renew(seconds)
             except Busy:
                 return
-            except OSError as error:  # tried again; `check` says when it was too late
-                log.warning("lease not renewed: %s", error)
+            except Exception as error:  # storages have exceptions of their own; tried again, `check` says when too late
+                log.warning("lease not renewed, trying again: %s", error)
 
     renewing = threading.Thread(target=keep, daemon=True)
     renewing.start()
@@ -80,9 +80,13 @@ def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
     finally:
         ended.set()
         renewing.join()
-        with contextlib.suppress(OSError, Busy):
+        try:
             held.check()
             held.renew(0)  # not removed: numbers must not come again
+        except Busy:
+            pass
+        except Exception as error:  # how the run ended is the news
+            log.warning("lease not given back, others wait until it runs out: %s", error)
 
 
 def _acquire(fs: AbstractFileSystem, folder: str, seconds: float, wait: float) -> Lease:

@@ -16,7 +16,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,18 +57,26 @@ class ReleaseInfo:
 
 
 def publish(
-    folder: Path, destination: str, provenance: dict[str, Any] | None = None, signing_key: str = ""
+    folder: Path,
+    destination: str,
+    provenance: dict[str, Any] | None = None,
+    signing_key: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> ReleaseInfo:
     """Publish a prepared folder as the next version under `destination`, whole or not at all.
 
     Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
+    What `latest` was rolled back from stays remembered there.
 
     Args:
         folder: what to publish, with its sub-folders; without its own `manifest.json` if it has one, as artifacts of
             the store do: the release gets another.
         destination: local folder or fsspec URL (`s3://bucket/models/cats`).
-        provenance: JSON values kept in the manifest: where the content came from.
+        provenance: JSON values kept in the manifest: where the content came from; when None, what the folder's own
+            manifest says, as that of a release does.
         signing_key: PEM file of an Ed25519 private key; none, no signature.
+        check: called right before `latest.json` moves. Where it raises, the version stays, whole, and `latest.json`
+            names another: published again, it is the newest and not written a second time.
 
     Raises:
         ValueError: no such folder, nothing in it, a file in it has a name that publishing uses, provenance is not JSON,
@@ -89,23 +97,28 @@ def publish(
         write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
         manifest = write(fs, root, folder, manifest, sign)
     found = known or manifest
-    if version_of(fs, root) != found["version"]:
-        move_alias(fs, root, "latest", {"version": found["version"]})
+    before = alias_of(fs, root)
+    if before.get("version") != found["version"]:
+        check()
+        move_alias(fs, root, "latest", found["version"], before.get("rolled_back", ()))
     return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
 
 
 def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[str, Any]) -> str:
     """Keep what is not to be released at `destination/candidates/name`, in the form of a release but for the number.
+    One of this name that is there already, undamaged, stays as it is.
 
     Raises: as `publish`.
     """
-    manifest = _described(folder, provenance) | {"created": _now()}
     fs, root = url_to_fs(destination.rstrip("/"))
-    place = f"{root}/{CANDIDATES}/{name}"
+    url, place = f"{destination.rstrip('/')}/{CANDIDATES}/{name}", f"{root}/{CANDIDATES}/{name}"
+    if manifest_of(fs, f"{root}/{CANDIDATES}", name) and not verify(url):
+        return url
+    manifest = _described(folder, provenance) | {"created": _now()}
     with _removed_on_failure(fs, place):
         _copy(fs, folder, place, manifest["files"])
         _write_json(fs, f"{place}/{MANIFEST}", manifest)
-    return f"{destination.rstrip('/')}/{CANDIDATES}/{name}"
+    return url
 
 
 def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any]:
@@ -117,6 +130,9 @@ def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any
     for name in (LATEST, CLAIM):
         if (folder / name).exists():
             raise ValueError(f"{folder / name}: publishing writes a file of this name itself; rename it")
+    if provenance is None:
+        known = manifest_of(LocalFileSystem(), str(folder.parent), folder.name)
+        provenance = known.get("provenance") if isinstance(known, dict) else None
     files = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in paths}
     manifest: dict[str, Any] = {
         "format": 1,
@@ -183,6 +199,9 @@ def verify(release: str, public_key: str = "") -> list[str]:
         elif not is_signed(text, fs.cat_file(f"{root}/{SIGNATURE}"), public_key):
             problems.append(f"{SIGNATURE}: not by this key, or {MANIFEST} was changed")
     found -= {SIGNATURE}
+    name = posixpath.basename(root)
+    if VERSION.fullmatch(name) and manifest.get("version") != name:
+        problems.append(f"{MANIFEST}: of {manifest.get('version')}, in the folder of {name}")
     if hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest() != content:
         problems.append(f"{MANIFEST}: changed: its list of files does not match its own sum")
     problems += [f"{name}: missing" for name in sorted(files.keys() - found)]
@@ -263,8 +282,11 @@ def _removed_on_failure(fs: AbstractFileSystem, place: str) -> Iterator[None]:
         raise
 
 
-def move_alias(fs: AbstractFileSystem, root: str, alias: str, content: dict[str, Any]) -> None:
-    """Let an alias (`latest`, `production`) name another version, at once. content: `version` and what goes with it."""
+def move_alias(fs: AbstractFileSystem, root: str, alias: str, version: str, rolled_back: Iterable[str] = ()) -> None:
+    """Let an alias (`latest`, `production`) name another version, at once. rolled_back: versions that it was taken away
+    from, which this one is removed from."""
+    left = [name for name in dict.fromkeys(rolled_back) if name != version]
+    content = {"version": version} | ({"rolled_back": left} if left else {})
     if not isinstance(fs, LocalFileSystem):
         _write_json(fs, f"{root}/{alias}.json", content)  # one object, replaced as a whole
         return

@@ -118,7 +118,8 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def promote(release: str, alias: str = "latest", *, public_key: str = "", signing_key: str = "") -> str:
-    """Let an alias name a version, or publish a candidate after all; its sums are recomputed first.
+    """Let an alias name a version, or publish a candidate after all; its sums are recomputed first. When it is an older
+    version than the alias named, that one is remembered as rolled back from, as by `rollback`.
 
     Args:
         public_key: PEM file; a version must be signed by it. signing_key: PEM file; a candidate's manifest is signed.
@@ -139,9 +140,14 @@ def promote(release: str, alias: str = "latest", *, public_key: str = "", signin
         if alias != "latest":
             raise ValueError(f"--alias {alias!r}: a candidate becomes the latest release first")
         with tempfile.TemporaryDirectory() as scratch:
-            return publish(fetch(place, Path(scratch)), destination, read(place)["provenance"], signing_key).version
+            return publish(fetch(place, Path(scratch)), destination, signing_key=signing_key).version
     fs, root = url_to_fs(above)
-    move_alias(fs, root, alias, {"version": version})
+    try:
+        before = alias_of(fs, root, alias)
+    except ValueError:  # damaged: this mends it
+        before = {}
+    gone, left = before.get("rolled_back", []), before.get("version", version)
+    move_alias(fs, root, alias, version, [*gone, left] if int(version[1:]) < int(left[1:]) else gone)
     return version
 
 
@@ -159,7 +165,8 @@ def fetch(place: str, into: Path) -> Path:
 def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str, str]:
     """Let an alias name the version before the one it names, or `to`, whose sums are recomputed first.
 
-    What is rolled back from is remembered in the alias, so that the same content is not released again by itself.
+    What is rolled back from is remembered in the alias, so that the same content is not released again by itself, nor
+    rolled back to, until it is promoted.
 
     Returns: the versions from and to which it moved.
     Raises: ValueError when there is no such alias or no whole version before, or its files have changed.
@@ -181,12 +188,13 @@ def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str
         raise ValueError(
             "\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to"
         )
-    move_alias(fs, root, alias, {"version": target, "rolled_back": [v for v in gone if v != target]})
+    move_alias(fs, root, alias, target, gone)
     return left, target
 
 
 def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
-    """Remove all but the newest whole versions and candidates, what no alias names, and what was left half-written.
+    """Remove all but the newest whole versions and candidates, and what was left half-written. Versions that an alias
+    names, or was rolled back from, stay.
 
     Half-written things are removed when nothing in them changed for a day. Returns what was (or is to be) removed.
 
@@ -197,7 +205,7 @@ def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
     if not names:
         raise ValueError(f"{destination}: no releases here")
     whole = [name for name in names if manifest_of(fs, root, name)]
-    kept = {*whole[-keep:], *aliases(fs, root).values()}
+    kept = {*whole[-keep:], *_named(fs, root)}
     # numbers only grow: the newest folder stays, whole or not, or its number would be given again
     removed = [n for n in whole if n not in kept]
     removed += [n for n in names[:-1] if n not in whole and n not in kept and _is_old(fs, f"{root}/{n}")]
@@ -210,12 +218,23 @@ def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
         for c in candidates
         if c not in recent and (dated[c] or _is_old(fs, f"{root}/{CANDIDATES}/{c}"))
     ]
-    if not dry_run:
-        for name in removed:
+    if dry_run:
+        return removed
+    done = []
+    for name in removed:
+        if name not in _named(fs, root):  # again: an alias may have moved meanwhile
             if fs.exists(f"{root}/{name}/{MANIFEST}"):  # first: what is half removed is no release
                 fs.rm_file(f"{root}/{name}/{MANIFEST}")
             fs.rm(f"{root}/{name}", recursive=True)
-    return removed
+            done.append(name)
+    return done
+
+
+def _named(fs: AbstractFileSystem, root: str) -> set[str]:
+    """The versions that aliases name, or remember as rolled back from."""
+    fs.invalidate_cache()
+    contents = [alias_of(fs, root, alias) for alias in aliases(fs, root)]
+    return {name for content in contents for name in (content["version"], *content.get("rolled_back", ()))}
 
 
 def _open(destination: str) -> tuple[AbstractFileSystem, str]:

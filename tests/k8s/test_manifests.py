@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 import yaml
 from manifests import OVERLAYS, ROOT, objects, render, walk
 
-from pipeline.spec import load_batch
+from pipeline.spec import load_batch, load_retraining
 
 KUBERNETES = "1.34"
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -108,13 +111,34 @@ def test_versions_are_those_of_the_project(overlay):
 
 @overlays
 def test_another_registry_is_named_in_one_place(overlay, tmp_path):
-    """As docs/operations.md says it."""
     base = os.path.relpath(ROOT / "k8s" / "overlays" / overlay, tmp_path)
     images = [{"name": "polyconcept", "newName": "registry.example.com/polyconcept"}]
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "images": images}))
     found = {n["image"] for o in render(str(tmp_path)) for n in walk(o) if isinstance(n.get("image"), str)}
     assert {image for image in found if "kubectl" not in image} == {f"registry.example.com/{IMAGE}"}
     assert not any("image:" in text for o in render(str(tmp_path)) for text in o.get("data", {}).values())
+
+
+def test_overlays_of_ones_own(tmp_path):
+    """By the commands of docs/operations.md: what the component changes is in both, and in the jobs' clusters."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (block,) = re.findall(r"(?ms)^    mkdir -p k8s/overlays/ours.*?(?=^\S)", (ROOT / "docs/operations.md").read_text())
+    subprocess.run(["bash", "-euc", textwrap.dedent(block)], cwd=tmp_path, check=True)
+    shared = []
+    for overlay, file in (("ours-cron", "retrain.yaml"), ("ours-batch", "batch.yaml")):
+        with (tmp_path / "k8s/overlays" / overlay / file).open("a") as f:
+            f.write("# ours\n")
+        found = render(str(tmp_path / "k8s/overlays" / overlay))
+        (text,) = (o["data"][file] for o in found if file in o.get("data", {}))
+        assert text.endswith("# ours\n")
+        images = {n["image"] for o in found for n in walk(o) if isinstance(n.get("image"), str)}
+        assert images == {f"REGISTRY/{IMAGE}"}
+        cluster, job = [n for o in found for n in walk(o) if "rayVersion" in n]
+        assert cluster == job and cluster["workerGroupSpecs"][0]["maxReplicas"] == 4
+        (volume,) = (o["spec"] for o in found if o["kind"] == "PersistentVolumeClaim")
+        assert volume["storageClassName"] == "CLASS"
+        shared.append((cluster, volume))
+    assert shared[0] == shared[1]
 
 
 def test_image_holds_the_project():
@@ -127,6 +151,9 @@ def test_image_holds_the_project():
     assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
     assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3"}
     assert "USER 1000:1000" in lines and "xformers" in PINNED
+    # what changes with every build comes after the layers
+    *_, argument, environment, command = lines
+    assert (argument, environment) == ('ARG GIT_COMMIT=""', "ENV GIT_COMMIT=${GIT_COMMIT}") and command[:4] == "CMD "
 
 
 @overlays
@@ -151,6 +178,7 @@ def test_dashboard_and_gcs_are_closed(overlay):
     assert among == {"from": [nodes]} and [port["port"] for port in metrics["ports"]] == [8080]
     (dashboard,) = policies["ray-dashboard"]["ingress"]
     submitter, operator = dashboard["from"]
+    assert operator["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay"}
     assert [port["port"] for port in dashboard["ports"]] == [8265]
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
     for item in objects(overlay):
@@ -190,16 +218,29 @@ def test_jobs_run_what_there_is(overlay, tmp_path):
     files = {k: v for o in objects(overlay) if o["kind"] == "ConfigMap" for k, v in o["data"].items()}
     for item in objects(overlay):
         for spec in (node for node in walk(item) if "entrypoint" in node):
-            python, option, module, file = shlex.split(spec["entrypoint"])
+            python, option, module, file, *options = shlex.split(spec["entrypoint"])
             assert (python, option) == ("python", "-m") and file.startswith("/jobs/")
             name = Path(file).name
             cluster = next(o["spec"] for o in objects(overlay) if o["kind"] == "RayCluster")
             (jobs,) = (v for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"] if v["name"] == "jobs")
             mounted = {source["configMap"]["name"] for source in jobs["projected"]["sources"]}
             assert any(o["metadata"]["name"] in mounted and name in o.get("data", {}) for o in objects(overlay))
+            assert importlib.util.find_spec(module)
+            (tmp_path / name).write_text(files[name])
             if module == "ray_jobs.concept_batch":
-                assert importlib.util.find_spec(module)
-                (tmp_path / name).write_text(files[name])
+                assert not options
                 load_batch(tmp_path / name).check_places()
             else:
-                assert module == "ray_jobs.retrain" and yaml.safe_load(files[name])["catalogue"]
+                assert module == "ray_jobs.retrain" and options[0] == "--wait"
+                asked = load_retraining(tmp_path / name)
+                asked.check_places()
+                # a job that is tried again finds the lease of the try that died
+                assert 60 * float(options[1]) > asked.lease
+
+
+@overlays
+def test_heads_are_not_evicted(overlay):
+    """Of no cluster, however many there are. RayClusters have no scale, so that only a whole number counts."""
+    (budget,) = (o["spec"] for o in objects(overlay) if o["kind"] == "PodDisruptionBudget")
+    assert budget["selector"] == {"matchLabels": {"ray.io/node-type": "head"}}
+    assert isinstance(budget["minAvailable"], int) and budget["minAvailable"] > 1000

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 @dataclass
@@ -59,7 +59,26 @@ class _Handler(BaseHTTPRequestHandler):
         _, _, _, owner, name, *rest = urlsplit(self.path).path.split("/")
         return self.server.repositories[f"{owner}/{name}"], rest
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def file(self, content: bytes | None) -> None:
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+        else:
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
     def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            _, owner, name, _, revision, path = unquote(urlsplit(self.path).path).split("/", 5)
+            return self.file(self.server.repositories[f"{owner}/{name}"].tags[revision].get(path))
         name = "/".join(urlsplit(self.path).path.removeprefix("/api/models/").split("/")[:2])
         if name not in self.server.repositories:
             return self.answer({"error": "Repository not found"}, 404)

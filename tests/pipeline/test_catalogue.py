@@ -46,6 +46,14 @@ def test_bad_cards_are_named_and_the_others_read(tmp_path: Path) -> None:
     assert "not valid YAML" in problems["bob"] and "name: String should match pattern" in problems["b ob"]
 
 
+def test_a_new_category_has_no_token(tmp_path: Path) -> None:
+    fill(tmp_path / "c", ("alice", "moongate"))
+    (tmp_path / "c/moongate/concept.yaml").write_text("class_word: moongate\nclass_prompt: gate\nnew_category: true\n")
+    retraining = asked(str(tmp_path / "c"))
+    batch = retraining.with_concepts(read_catalogue(retraining)[0])
+    assert [(c.token, c.phrase) for c in batch.concepts] == [("<alice>", "<alice> cat"), ("", "moongate")]
+
+
 def test_two_concepts_with_one_token(tmp_path: Path) -> None:
     fill(tmp_path / "c", ("alice", "bob"))
     (tmp_path / "c/bob/concept.yaml").write_text("class_word: cat\ntoken: <alice>\n")
@@ -61,11 +69,15 @@ def test_a_catalogue_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     fs.put(f"{tmp_path}/c/", f"{root}/concepts/", recursive=True)
     for key in ("../../evil.txt", "alice/..", "top.txt", "alice/deeper/2.png", r"alice/..\x.png"):
         fs.pipe_file(f"{root}/concepts/{key}", b"x")
+    fill(tmp_path / "out/catalogue", ("mine",))  # what someone keeps there is not ours to remove
     retraining = asked(f"{bucket}/concepts", output=str(tmp_path / "out"))
     assert trainings(retraining) == trainings(asked(str(tmp_path / "c")))
     copied = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert copied - {r"catalogue/alice/..\x.png"} == {
-        f"catalogue/{name}/{file}" for name in ("alice", "bob") for file in ("1.png", "concept.yaml")
+    assert copied - {r".catalogue/alice/..\x.png"} == {
+        f"{folder}/{name}/{file}"
+        for folder, names in ((".catalogue", ("alice", "bob")), ("catalogue", ("mine",)))
+        for name in names
+        for file in ("1.png", "concept.yaml")
     }
     fs.rm(f"{root}/concepts/bob", recursive=True)
     assert list(trainings(retraining)) == ["alice"]

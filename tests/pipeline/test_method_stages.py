@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.merge.constraints import constraint_of
 from pipeline.merge.factors import MergedModel
 from pipeline.merge.files import load_change
 from pipeline.miniature.world import concept_images
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, make_plan, of_pair
 from pipeline.release.publish import publish, verify
 from pipeline.report import summary, write_report
 from pipeline.sampling import draw
@@ -62,6 +63,20 @@ def _run(batch: ConceptBatch, folder: Path) -> tuple[Plan, Store]:
         else:
             run_stage(stage, store, lambda *_: None)
     return plan, store
+
+
+def test_images_that_change_during_a_run(images, tmp_path):
+    """Nothing is kept under the key of the images that the plan saw."""
+    shutil.copytree(images, tmp_path / "images")
+    batch = _batch(tmp_path / "images", 2, {"regularization": "none"})
+    plan, store = make_plan(batch), Store(str(tmp_path / "store"))
+    bases = [models["base"] for models in plan.evaluations().values()]
+    stages = [plan.of("features")[1], bases[1], of_pair(*bases, ["photo of {0} and {1}"])]
+    concept_images("turtle", "noto", 1, seed=1)[0].save(tmp_path / "images/turtle/0.png")
+    for stage in stages:
+        with pytest.raises(ValueError, match="images/turtle: the images changed during the run; run again"):
+            run_stage(stage, store, lambda *_: None)
+        assert not store.has(stage.kind, stage.key)
 
 
 # What a user's program is: no module of this project. {code} is the card's own, as it stands.

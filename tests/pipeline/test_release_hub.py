@@ -53,6 +53,16 @@ def test_a_release_is_one_commit_and_a_tag(tmp_path: Path, hub: Hub) -> None:
     code, said = push(str(releases / "v0001"), "ours/concepts", hub)
     assert code == 0 and said == "it is at hf://ours/concepts@v0001\n"
     assert len(repo.commits) == 2
+    # a version of other releases under the same number
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/README.md").write_text("three")
+    other = publish(tmp_path / "three", str(tmp_path / "others")).url
+    code, said = push(other, "ours/concepts", hub)
+    assert code == 2 and f"has a v0001 with another content than {other}" in said
+    repo.tags["v0001"] = {"README.md": b"someone's"}
+    code, said = push(str(releases / "v0001"), "ours/concepts", hub)
+    assert code == 2 and "has a v0001 with another content" in said
+    assert len(repo.commits) == 2
 
 
 @pytest.mark.slow

@@ -94,6 +94,33 @@ def test_same_content_as_a_damaged_version_is_published_again(make: Make, destin
     assert verify(destination) == []
 
 
+def test_a_release_that_is_published_elsewhere_keeps_its_provenance(make: Make, destination: str) -> None:
+    url = publish(make("one"), destination, {"batch": "cats"}).url
+    fs, root = fsspec.core.url_to_fs(url)
+    copied = make("copied")
+    fs.get_file(f"{root}/manifest.json", str(copied / "manifest.json"))
+    assert publish(copied, f"{destination}-elsewhere").manifest["provenance"] == {"batch": "cats"}
+    # an artifact of the store has another manifest
+    (copied / "manifest.json").write_text('{"kind": "release"}')
+    assert publish(copied, f"{destination}-third").manifest["provenance"] == {}
+
+
+def test_the_last_check_before_latest_moves(make: Make, destination: str) -> None:
+    publish(make("one"), destination)
+    seen = []
+
+    def too_late() -> None:
+        seen.append(verify(f"{destination}/v0002"))
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        publish(make("two"), destination, check=too_late)
+    assert seen == [[]]  # by then the version is whole, and it stays
+    assert resolve(destination) == f"{destination}/v0001" and verify(f"{destination}/v0002") == []
+    assert publish(make("two"), destination).url == resolve(destination) == f"{destination}/v0002"
+    publish(make("two"), destination, check=too_late)  # nothing moves
+
+
 def test_verify_finds_what_is_wrong(make: Make, destination: str) -> None:
     url = publish(make("one"), destination).url
     fs, root = fsspec.core.url_to_fs(url)
@@ -107,6 +134,8 @@ def test_verify_finds_what_is_wrong(make: Make, destination: str) -> None:
     manifest = fs.cat_file(f"{root}/manifest.json")
     fs.pipe_file(f"{root}/manifest.json", manifest.replace(b'"size": 3', b'"size": 6'))
     assert "does not match its own sum" in verify(url)[0]
+    fs.pipe_file(f"{root}/manifest.json", manifest.replace(b"v0001", b"v0002"))
+    assert verify(url)[0] == "manifest.json: of v0002, in the folder of v0001"
     fs.pipe_file(f"{root}/manifest.json", manifest[:50])
     assert "damaged" in verify(url)[0]
     fs.rm_file(f"{root}/manifest.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from pipeline.release import versions as module
 from pipeline.release.lease import Busy, lease
@@ -82,16 +83,41 @@ def test_rollback(make: Make, destination: str) -> None:
     with pytest.raises(ValueError, match=r"README.md: changed(.|\n)*not promoted"):
         promote(f"{destination}/v0001")
     assert resolve(destination) == f"{destination}/v0002"
-    # a new release starts anew
+    # nor does a new release make it wanted again; only promoting does
     publish(make("four"), destination)
+    assert rollback(destination) == ("v0004", "v0002")
+    promote(f"{destination}/v0003")
+    promote(f"{destination}/v0004")
     assert rollback(destination) == ("v0004", "v0003")
+
+
+def test_promoting_an_older_version_is_a_rollback(make: Make, destination: str) -> None:
+    for text in ("one", "two", "three", "four"):
+        publish(make(text), destination)
+    promote(f"{destination}/v0003")
+    fs, root = fsspec.core.url_to_fs(destination)
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0003", "rolled_back": ["v0004"]}
+    publish(make("five"), destination)
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005", "rolled_back": ["v0004"]}
+    assert rollback(destination) == ("v0005", "v0003")
+    # what people do not want is remembered, and so it stays
+    assert gc(destination, keep=1) == ["v0001", "v0002"]
+    promote(f"{destination}/v0005")
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005", "rolled_back": ["v0004"]}
 
 
 def test_a_candidate_is_kept_and_may_be_promoted(make: Make, destination: str) -> None:
     publish(make("one"), destination)
     place = keep_candidate(make("two"), destination, "0a1b", {"gate": []})
     assert verify(place) == [] and resolve(destination).endswith("v0001")
+    # again: it stays as it is, unless it is damaged
+    before = read(place)
+    assert keep_candidate(make("two"), destination, "0a1b", {"gate": ["other"]}) == place
+    assert read(place) == before
+    fs, root = fsspec.core.url_to_fs(place)
+    fs.pipe_file(f"{root}/README.md", b"Two")
     assert keep_candidate(make("two"), destination, "0a1b", {"gate": []}) == place
+    assert verify(place) == [] and read(place)["provenance"] == {"gate": []}
     assert promote(place) == "v0002"
     assert read(destination)["provenance"] == {"gate": []} and verify(destination) == []
 
@@ -112,6 +138,19 @@ def test_gc(make: Make, destination: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert [v.name for v in listed(destination)] == ["v0002", "v0005"]
     assert verify(destination) == verify(f"{destination}/production") == []
     assert gc(destination, keep=1) == []
+    # an alias that is moved while others are removed
+    publish(make("six"), destination)
+    named = module._named
+    promote(f"{destination}/v0006", "production")
+
+    def moved(fs: fsspec.AbstractFileSystem, root: str) -> set[str]:
+        found = named(fs, root)
+        promote(f"{destination}/v0002", "production")
+        return found
+
+    monkeypatch.setattr(module, "_named", moved)
+    assert gc(destination, keep=1) == ["v0005"]
+    assert verify(f"{destination}/production") == []
     with pytest.raises(ValueError, match="no releases here"):
         gc(f"{destination}/elsewhere")
 
@@ -166,7 +205,7 @@ def test_a_dead_run_s_lease_runs_out(destination: str) -> None:
         assert held.number == 5
         # another took over while this one slept
         fs.pipe_file(f"{root}/.lease/000006.json", b"")
-        with pytest.raises(Busy, match="nothing published"):
+        with pytest.raises(Busy, match="nothing released"):
             held.check()
     with pytest.raises(Busy), lease(destination, 30):  # empty: its process died, or is about to write
         pass
@@ -176,6 +215,27 @@ def test_a_living_run_keeps_its_lease(destination: str) -> None:
     with lease(destination, 2) as held:
         time.sleep(3)
         held.check()
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_lease(destination: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.release import lease as leases
+
+    write, failed = leases._write, []
+
+    def fails_once(fs: fsspec.AbstractFileSystem, path: str, until: float) -> None:
+        if not failed:
+            failed.append(True)
+            raise EndpointConnectionError(endpoint_url="http://s3")  # no OSError
+        write(fs, path, until)
+
+    with lease(destination, 2) as held:
+        monkeypatch.setattr(leases, "_write", fails_once)
+        time.sleep(3)
+        held.check()
+        failed.clear()
+    # not given back, as that failed, and the run ended well all the same
+    with pytest.raises(Busy), lease(destination, 2):
+        pass
 
 
 def test_two_runs_find_an_expired_lease_at_once(destination: str, monkeypatch: pytest.MonkeyPatch) -> None:

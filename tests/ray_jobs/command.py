@@ -13,5 +13,5 @@ def run(*arguments: str, capsys) -> tuple[int, str, str]:
     except SystemExit as stop:
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     return code, out, err

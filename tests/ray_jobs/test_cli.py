@@ -11,13 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
+import ray
 import yaml
+from botocore.exceptions import NoCredentialsError
 from command import run
 from PIL import Image
 
 from pipeline.miniature.world import concept_images
 from pipeline.spec import MINIATURE
+from ray_jobs import cli
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
 
@@ -159,6 +163,44 @@ def test_full_disk_and_interrupt(batch, capsys, monkeypatch):
         code, _, err = run("run", str(path), capsys=capsys)
         assert code == expected
         assert "No space left" in err or "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ray.exceptions.OutOfMemoryError("no memory left"), "error: no memory left"),
+        (NoCredentialsError(), "error: Unable to locate credentials"),
+        (RuntimeError("ours"), "Traceback"),
+    ],
+)
+def test_whatever_fails_is_not_taken_for_a_release(batch, capsys, monkeypatch, error, message):
+    """Exit code 1 says that something was released."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("ray_jobs.concept_batch.run", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(batch())])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and str(error) in err
+    assert ("Traceback" in err) == isinstance(error, RuntimeError)
+
+
+def test_a_storage_without_a_key(tmp_path, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr(fsspec.config, "conf", {"s3": {"skip_instance_cache": True}})
+    code, _, err = run("release", "list", "s3://ours/releases", capsys=capsys)
+    assert code == 2 and "Unable to locate credentials" in err
+
+
+def test_a_signing_key_is_looked_at_first(batch, tmp_path, capsys):
+    code, _, err = run("run", str(batch(publish={"signing_key": "none.pem"})), capsys=capsys)
+    assert code == 2 and "none.pem: no private key that can be read" in err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

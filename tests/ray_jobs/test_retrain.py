@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.miniature.world import concept_images
+from pipeline.release import publish
 from pipeline.release.publish import verify
 
 CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
@@ -145,6 +147,65 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     assert [line.split()[0] for line in out.splitlines()] == ["v0001", "v0002", "v0003"] and out.endswith("latest\n")
 
 
+@pytest.mark.slow
+def test_concepts_that_break_and_go(catalogue, tmp_path, capsys, monkeypatch):
+    """Where concepts may be left out: a new one that fails is, a released one is missed by the gate, and one that is
+    removed is dropped. `latest.json` gets lost, and is moved by another run."""
+    releases = tmp_path / "runs/nightly/releases"
+    path = tmp_path / "retrain.yaml"
+    settings = yaml.safe_load(path.read_text()) | {"merge": {"partial": True}, "lease": 600}
+    path.write_text(yaml.safe_dump(settings | {"evaluation": {"samples": 2, "steps": 2, "guidance": 3.0}}))
+
+    def latest() -> dict:
+        return json.loads((releases / "latest.json").read_text())
+
+    # a new concept without a usable image
+    (catalogue / "new").mkdir()
+    (catalogue / "new/concept.yaml").write_text("class_word: cat\n")
+    (catalogue / "new/1.png").write_text("no image")
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 1 and out.endswith("releases/v0001\n"), err
+    assert "left out: concepts[1] (new): " in err and events(log, "end")[0]["exit"] == 1
+    assert events(log, "compared")[0]["left_out"] == ["new"]
+
+    # a released one breaks: broken is not removed, and without `latest.json` the gate is no more open than with it
+    for image in (catalogue / "flat-turtle").glob("*.png"):
+        image.write_text("no image")
+    (releases / "latest.json").unlink()
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 3, (out, err)
+    assert "refused: flat-turtle: in the current release and the catalogue, but it could not be made again" in err
+    compared = events(log, "compared")[0]
+    assert (compared["removed"], compared["left_out"]) == ([], ["flat-turtle", "new"])
+    assert events(log, "latest.json is missing")[0]["taken"] == "v0001"
+    assert [r["measure"] for r in events(log, "gate") if not r["passed"]] == ["presence"]
+
+    # nothing changed: `latest` names it again
+    shutil.rmtree(catalogue / "new")
+    draw_images(catalogue, "flat-turtle", seed=1)
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0 and events(log, "nothing changed") and latest() == {"version": "v0001"}, err
+
+    # it is removed; all that this takes is there from the night it was broken
+    shutil.rmtree(catalogue / "flat-turtle")
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    with monkeypatch.context() as patch:
+        write = publish._write_local
+
+        def moved_meanwhile(*args):
+            (releases / "latest.json").write_text('{"version": "v0001", "by": "another run"}')
+            return write(*args)
+
+        patch.setattr(publish, "_write_local", moved_meanwhile)
+        code, _, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 4 and "`latest` was moved during this run; nothing released" in err
+    assert latest()["version"] == "v0001" and verify(f"{releases}/v0002") == []
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0 and out.endswith("releases/v0002\n") and latest() == {"version": "v0002"}, err
+    assert events(log, "compared")[0]["removed"] == ["flat-turtle"] and not events(log, "released")[0]["new"]
+    assert set(json.loads((releases / "v0002/manifest.json").read_text())["provenance"]["concepts"]) == {"outlined-cat"}
+
+
 KILLED = """
 import os, signal, sys
 from pipeline.release import publish
@@ -201,13 +262,16 @@ def test_killed_while_publishing(catalogue, tmp_path, capsys):
         ({"concepts": []}, "a retraining has its concepts in the folders of its `catalogue`"),
         ({"gate": {"text": -1}}, "gate.text: Input should be greater than or equal to 0"),
         ({"evaluation": {"samples": 1}}, "at least 2 images a prompt"),
+        ({"publish": {"signing_key": "none.pem"}}, "none.pem: no private key that can be read"),
     ],
 )
 def test_bad_input(catalogue, tmp_path, capsys, change, message):
     path = tmp_path / "retrain.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
-    code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+    code, _, log, err = run("retrain", "retrain.yaml", capsys=capsys)
     assert code == 2 and message in err
+    assert [record["event"] for record in log] == ["failed", "end"]
+    assert message in log[0]["error"] and log[1]["exit"] == 2
 
 
 def test_a_bad_concept_is_named(catalogue, tmp_path, capsys):
@@ -226,5 +290,6 @@ def test_two_runs_at_once(catalogue, tmp_path, capsys):
     from pipeline.release.lease import lease
 
     with lease(str(tmp_path / "runs/nightly/releases"), seconds=5):
-        code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
+        code, _, log, err = run("retrain", "retrain.yaml", capsys=capsys)
     assert code == 4 and f"process {os.getpid()} is at work here" in err
+    assert [record["event"] for record in log] == ["failed", "end"] and log[1]["exit"] == 4
