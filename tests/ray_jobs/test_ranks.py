@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -13,18 +14,18 @@ import pytest
 import ray
 
 from pipeline.miniature.world import concept_images
-from pipeline.plan import make_plan
+from pipeline.plan import Plan, Stage, make_plan
 from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
-from ray_jobs.concept_batch import Board, ray_session
+from ray_jobs.concept_batch import Board, check_devices, ray_session
 from ray_jobs.ranks import train_on_ranks
 from training.strategies import deepspeed_config
 from training.weights import ConceptWeights
 
 
-def _training(tmp_path, **training):
-    """The training stage of a batch of one concept, and its store with all that it needs."""
+def _plan(tmp_path, **training) -> Plan:
+    """Of a batch of one concept."""
     (tmp_path / "cat").mkdir(exist_ok=True)
     for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
         image.save(tmp_path / "cat" / f"{i}.png")
@@ -36,9 +37,13 @@ def _training(tmp_path, **training):
             "training": settings | training,
         }
     )
-    plan = make_plan(batch)
-    (stage,) = plan.of("train")
-    return plan.of("features")[0], stage
+    return make_plan(batch)
+
+
+def _training(tmp_path, **training) -> list[Stage]:
+    """Its features and its training."""
+    plan = _plan(tmp_path, **training)
+    return [*plan.of("features"), *plan.of("train")]
 
 
 @pytest.mark.slow
@@ -103,3 +108,23 @@ def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path):
         derived = deepspeed_config(2, 0.5, zero=2, offload=False)
         assert stage.params["deepspeed"] == derived | {"zero_optimization": zero, "train_batch_size": 4}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"strategy": "ddp", "ranks": 4}, "training.ranks: 4 ranks need a CPU core each, and there are 2"),
+        ({"optimizer": "adamw8bit"}, "adamw8bit needs bitsandbytes, which is not installed"),
+        ({"attention": "xformers"}, "xformers needs CUDA"),
+    ],
+)
+def test_what_there_is_not(tmp_path, monkeypatch, capsys, training, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    plan = _plan(tmp_path, **training)
+    with pytest.raises(ValueError, match=message):
+        check_devices([plan], plan.stages, cores=2, gpus=0)
+    if "ranks" in training:  # a cluster may have an autoscaler
+        monkeypatch.setenv("RAY_ADDRESS", "anywhere")
+        check_devices([plan], plan.stages, cores=2, gpus=0)
+        assert message in capsys.readouterr().err
