@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,13 @@ def pack_bytes(plan: Plan, members: int) -> float:
     return _pack_bytes(plan, _size_of(plan), members)
 
 
+def stage_bytes(plan: Plan, stages: Sequence[Stage]) -> int:
+    """Peak memory of the process that does a stage, or trains several as a pack; 0 where it is not estimated."""
+    if stages[0].kind == "train":
+        return int(pack_bytes(plan, len(stages)))
+    return int((_estimate(stages[0], plan, _size_of(plan), speed=1).gib or 0) * 2**30)
+
+
 def pack_size(plan: Plan, memory: float) -> int:
     """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free. Always 1
     where the method does not train in packs."""
@@ -122,6 +130,7 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estim
     return Estimate(None, None)
 
 
+@functools.cache  # else a hub's model is looked up there each time
 def model_size(base: str, method: str = "custom_diffusion", *, train_text_encoder: bool = False) -> ModelSize:
     """Count a base model (a diffusers folder or hub name) in the hands of a method.
 
@@ -135,7 +144,6 @@ def _size_of(plan: Plan) -> ModelSize:
     return model_size(plan.batch.base_path, training.method, train_text_encoder=training.train_text_encoder)
 
 
-@functools.lru_cache(maxsize=4)
 def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSize:
     def config(part: str) -> dict[str, Any]:
         return json.loads((folder / part / "config.json").read_text())

@@ -22,6 +22,7 @@ from retrieval.corpus import corpus_digest, precomputed, read_corpus
 from training.backbone import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
+from training.strategies import read_deepspeed_config
 
 VERSIONS = {
     "index": 1,
@@ -335,8 +336,12 @@ def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]
     )
 
 
-def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, str]) -> Stage:
+def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, Any]) -> Stage:
     settings = batch.training.model_dump(exclude={"composition", "augment", "views", *_HOW})
+    how = batch.training
+    if how.strategy == "deepspeed" and how.deepspeed.config:  # it can change the weights, as by quantized gradients
+        own = read_deepspeed_config(how.deepspeed.config, how.batch_size, how.ranks, how.max_grad_norm)
+        base = base | {"deepspeed": own}
     if len(group) == 1:
         settings |= group[0].training.model_dump(exclude_none=True)
     settings["steps"] = settings["steps"] or METHODS[batch.training.method].steps * len(group)

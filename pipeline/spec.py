@@ -139,7 +139,8 @@ class Zero(Section):
     offload: bool = False
     """Keep the optimizer's state, and with stage 3 the weights, in the machine's memory."""
     config: str = ""
-    """A DeepSpeed configuration (JSON) used as it is, instead of one made of these settings."""
+    """A DeepSpeed configuration (JSON) instead of one made of these settings. Batch sizes and clipping may be left out,
+    being the batch file's."""
 
 
 class Training(Section):

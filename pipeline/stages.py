@@ -237,6 +237,7 @@ def train_pack(
         images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
         rows = [images[i : i + 4] for i in range(0, len(images), 4)]
         if strategy.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
             grid(rows, labels=[f"{c.name}, step {step}" for c in member.concepts]).save(path)
 
     def report_step(member: Member, step: int, loss: float) -> None:
@@ -256,11 +257,16 @@ def train_pack(
         if strategy.rank:
             continue  # the first rank writes
         description = {"name": stage.name, "params": stage.params, "seconds": round(seconds, 3)}
-        with store.create(stage.kind, stage.key, description) as out:
-            result.save(out / "weights.safetensors")
-            shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
-            for path in sorted(member.scratch.glob("samples-*.png")):
-                shutil.copy(path, out)
+        try:
+            with store.create(stage.kind, stage.key, description) as out:
+                result.save(out / "weights.safetensors")
+                if (member.scratch / "tensorboard").exists():
+                    shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
+                for path in sorted(member.scratch.glob("samples-*.png")):
+                    shutil.copy(path, out)
+        except OSError:
+            if not store.has(stage.kind, stage.key):  # else another run was first, and removed the scratch folder
+                raise
     backbone.unet._compiled_call_impl = None  # drawing asks for many other shapes
     return failures
 

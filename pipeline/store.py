@@ -25,6 +25,8 @@ from typing import Any
 import fsspec
 
 MANIFEST = "manifest.json"
+DAY = 86_400
+"""Seconds."""
 
 
 def file_digest(path: Path) -> str:
@@ -95,10 +97,12 @@ class Store:
         shutil.rmtree(self.local / ".scratch" / key, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes of this machine left half-built."""
-        for part in (self.local / ".building").glob(f"{socket.gethostname()}.*"):
+        """Remove what killed processes left half-built: of this machine; of others, what nothing was written to for a
+        day."""
+        for part in (self.local / ".building").glob("*"):
             pid = part.name.removeprefix(f"{socket.gethostname()}.").split(".")[0]
-            if pid.isdecimal() and not _is_alive(int(pid)):
+            dead = not _is_alive(int(pid)) if pid.isdecimal() else time.time() - _last_written(part) > DAY
+            if dead:
                 shutil.rmtree(part, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -116,6 +120,14 @@ class Store:
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    """Seconds since the epoch; now, where it has gone meanwhile."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _is_alive(pid: int) -> bool:

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipeline.estimate import pack_size
+from pipeline.estimate import pack_size, stage_bytes
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
@@ -227,26 +228,43 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage was not done. fault: the traceback of what should not happen."""
+
+    message: str
+    fault: str = ""
+
+    @classmethod
+    def lost(cls, error: ray.exceptions.RayError) -> Failure:
+        """Of a task that could not begin, or whose process died more often than Ray tries again."""
+        why = getattr(error, "cause", None) or error
+        return cls(f"{type(why).__name__}: {why}")
+
+
 class Board:
-    """How far each stage is: workers write, the driver reads."""
+    """How far each stage is, which workers write and the driver reads, and how tasks ended: one process, in which any
+    number of calls wait."""
 
     def __init__(self) -> None:
         self.state: dict[str, tuple[str, int, int]] = {}
 
-    def put(self, key: str, what: str, done: int, total: int) -> None:
+    async def put(self, key: str, what: str, done: int, total: int) -> None:
         self.state[key] = (what, done, total)
 
-    def get(self) -> dict[str, tuple[str, int, int]]:
+    async def get(self) -> dict[str, tuple[str, int, int]]:
         return self.state
 
+    async def ended(self, keys: Sequence[str], task: Sequence[Any]) -> dict[str, Failure]:
+        """What a task of `_work` returns when it has ended, or that all its stages failed when it is lost: what waits
+        for this is not lost with it.
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a stage was not done. fault: the traceback of what should not happen; upstream: an input failed before."""
-
-    message: str
-    fault: str = ""
-    upstream: bool = False
+        task: its reference, in a list: else this call would wait for it, and be lost with it.
+        """
+        try:
+            return await task[0]
+        except ray.exceptions.RayError as error:
+            return dict.fromkeys(keys, Failure.lost(error))
 
 
 @dataclass(frozen=True)
@@ -262,15 +280,11 @@ def _work(
     stages: tuple[Stage, ...], root: str, board: Any, share: _Share, *upstream: dict[str, Failure]
 ) -> dict[str, Failure]:
     """Do one stage, or several trainings as a pack, or the searches of an index as one. Failures are returned, not
-    raised: what does not depend on them goes on. Key -> failure."""
+    raised: what does not depend on them goes on. Key -> failure, also of what was finished before it."""
     torch.set_num_threads(share.cpus)
     broken = {key for failures in upstream for key in failures}
-    failures, runnable = {}, []
-    for stage in stages:
-        if any(source.key in broken for source in stage.inputs):
-            failures[stage.key] = Failure("an input failed", upstream=True)
-        else:
-            runnable.append(stage)
+    failures: dict[str, Failure] = {}
+    runnable = list(stages)
     last: dict[str, float] = {}
 
     def progress(stage: Stage, what: str, done: int, total: int) -> None:
@@ -278,9 +292,14 @@ def _work(
             last[stage.key] = time.monotonic()
             board.put.remote(stage.key, what, done, total)
 
-    store = Store(root)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for what Ray itself starts from here
     try:
+        store = Store(root)
+        for stage in stages:
+            # a pack that died may have finished some
+            if any(source.key in broken and not store.has(source.kind, source.key) for source in stage.inputs):
+                failures[stage.key] = Failure("an input failed")
+                runnable.remove(stage)
         if stages[0].kind == "train" and runnable:
             if on_ranks(stages[0]):
                 diverged = train_on_ranks(runnable[0], store, board, cpus=share.cpus, gpus=share.gpus)
@@ -295,7 +314,7 @@ def _work(
             run_stage(runnable[0], store, functools.partial(progress, runnable[0]))
     except Exception as error:
         fault = "" if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
-        failures |= {s.key: Failure(str(error), fault) for s in runnable if not store.has(s.kind, s.key)}
+        failures |= {stage.key: Failure(str(error), fault) for stage in runnable}
     return failures
 
 
@@ -307,12 +326,13 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
     if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
         print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
         ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
+    plan_of = {stage.key: plan for plan in plans for stage in plan}
     todo = list({stage.key: stage for plan in plans for stage in plan.todo(store)}.values())
     jobs: list[tuple[Stage, ...]] = []
     for kind in VERSIONS:  # a kind reads only kinds before it
         same = [stage for stage in todo if stage.kind == kind]
         if kind == "train":
-            jobs += _packs(plans, same)
+            jobs += _packs(plan_of, same)
         elif kind == "candidates" and same:
             jobs.append(tuple(same))
         else:
@@ -320,35 +340,84 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
     resources, nodes = ray.cluster_resources(), _nodes()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
+    smallest = int(min(node["Resources"].get("memory", 0) for node in nodes))
     devices = gpus or len(nodes)
-    if not gpus and any(plan.batch.training.attention == "xformers" for plan in plans):
-        raise ValueError("training.attention: xformers needs CUDA, and there is no GPU here; use 'auto' or 'sdpa'")
+    check_devices(plans, todo, cores, gpus)
     counts = collections.Counter(stages[0].kind for stages in jobs)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()  # other nodes may go away
+    # beside this process: other nodes may go away
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": len(jobs) + 1000}
+    board = ray.remote(Board).options(**options).remote()
     work = ray.remote(_work)
-    refs: dict[str, Any] = {}
+    # a new process for each task, as `options(num_gpus=1)` would not have it: a used one stays on the GPU it saw first
+    on_gpu = ray.remote(num_gpus=1)(_work)
+    outcomes: dict[str, Any] = {}
     waiting: list[Any] = []
     for stages in jobs:
         kind, together = stages[0].kind, on_ranks(stages[0])
         ranks = stages[0].places["ranks"] if together else 1
-        needs = {refs[source.key] for stage in stages for source in stage.inputs if source.key in refs}
-        share = max(1, min(most, cores // (counts[kind] * ranks)))
-        cpus = share if kind in ON_DEVICE and not gpus else 1
+        needs = {outcomes[source.key] for stage in stages for source in stage.inputs if source.key in outcomes}
         # such a task only waits for processes that it has Ray start, and those take the resources
         spread = stages[0].places.get("distributor") == "ray"
         waits = together or spread or kind == "candidates" or on_actors(stages[0], devices)
-        if together and len(waiting) >= max(1, devices // ranks):
-            needs.add(waiting[-max(1, devices // ranks)])  # no more at a time than there are devices for
-        ref = work.options(
-            num_cpus=0 if waits else cpus,
-            num_gpus=1 if gpus and kind in ON_DEVICE and not waits else 0,
-            max_retries=2,
-            name=" ".join([kind, *(stage.name for stage in stages)]),
-        ).remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
-        refs |= {stage.key: ref for stage in stages}
+        at_once, memory = counts[kind], 0
+        if together:
+            at_once = min(at_once, max(1, devices // ranks))
+            if len(waiting) >= at_once:
+                needs.add(waiting[-at_once])  # no more at a time than there are devices for
+        elif not (waits or gpus):
+            memory = min(smallest, stage_bytes(plan_of[stages[0].key], stages))
+            at_once = min(at_once, len(nodes) * (smallest // memory)) if memory else at_once
+        cpus = max(1, min(most, cores // (at_once * ranks))) if kind in ON_DEVICE and not gpus else 1
+        while cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
+            cpus -= 1
+        ref = (
+            (on_gpu if gpus and kind in ON_DEVICE and not waits else work)
+            .options(
+                num_cpus=0 if waits else cpus,
+                memory=memory or None,
+                max_retries=2,
+                name=" ".join([kind, *(stage.name for stage in stages)]),
+            )
+            .remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
+        )
+        if kind in (
+            "features",
+            "train",
+        ):  # one that is lost is not to sink a pack that waits for many, nor what waits for a pack
+            ref = board.ended.remote([stage.key for stage in stages], [ref])
+        outcomes |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []
-    return _follow(jobs, refs, board, functools.partial(trainings_ended, plans[0].batch.name, store=store))
+    failures = _follow(jobs, outcomes, board, functools.partial(trainings_ended, plans[0].batch.name, store=store))
+    missing = {stage.key: stage for stages in jobs for stage in stages if not store.has(stage.kind, stage.key)}
+    messages = []
+    for key, stage in missing.items():
+        if not any(source.key in missing for source in stage.inputs):
+            unseen = Failure(f"done, but not in {store.root}, which all nodes have to reach")
+            failure = failures.get(key, unseen)
+            messages.append(f"{stage.kind} {stage.name}: {failure.message}")
+            print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
+    return messages
+
+
+def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus: int) -> None:
+    """Raises: ValueError when a plan asks for what the cluster, or this environment, has not."""
+    settings = [plan.batch.training for plan in plans]
+    if not gpus and any(training.attention == "xformers" for training in settings):
+        raise ValueError("training.attention: xformers needs CUDA, and there is no GPU here; use 'auto' or 'sdpa'")
+    if any(training.optimizer == "adamw8bit" for training in settings) and not find_spec("bitsandbytes"):
+        raise ValueError(
+            "training.optimizer: adamw8bit needs bitsandbytes, which is not installed; run "
+            "`pip install 'polyconcept[gpu]'`, or use 'adamw'"
+        )
+    ranks = max((stage.places["ranks"] for stage in todo if on_ranks(stage)), default=1)
+    if ranks > (gpus or cores):
+        what = "GPU" if gpus else "CPU core"
+        lack = f"training.ranks: {ranks} ranks need a {what} each, and there are {gpus or cores}"
+        if not os.environ.get("RAY_ADDRESS"):
+            raise ValueError(f"{lack}; ask for fewer, or use a larger cluster")
+        # Ray does not say whether an autoscaler is there
+        print(f"note: {lack}: waiting for nodes", file=sys.stderr, flush=True)
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -356,11 +425,10 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
-def _packs(plans: Sequence[Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
+def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
     nodes = _nodes()
     devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
-    of_batch = {stage.key: plan for plan in plans for stage in plan.of("train")}
     alike: dict[tuple[str, int], list[Stage]] = {}
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
@@ -372,7 +440,7 @@ def _packs(plans: Sequence[Plan], trainings: list[Stage]) -> list[tuple[Stage, .
         alike.setdefault((key, place), []).append(stage)
     packs: list[tuple[Stage, ...]] = []
     for stages in alike.values():
-        plan = of_batch[stages[0].key]
+        plan = plan_of[stages[0].key]
         size = plan.batch.training.pack_size
         if on_ranks(stages[0]) or not METHODS[plan.batch.training.method].mergeable:
             size = 1
@@ -405,9 +473,9 @@ def _device_memory(nodes: list[dict[str, Any]]) -> float:
 
 def _follow(
     jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any, report: Callable[[tuple[Stage, ...]], None]
-) -> list[str]:
-    """Wait for all jobs, showing how far they are; returns what failed, each once, where it failed first."""
-    messages: list[str] = []
+) -> dict[str, Failure]:
+    """Wait for all jobs, showing how far they are; returns what their tasks say failed."""
+    failures: dict[str, Failure] = {}
     waiting = {refs[stages[0].key]: stages for stages in jobs}
     by_key = {stage.key: stage for stages in jobs for stage in stages}
     bars: dict[str, tqdm] = {}
@@ -441,16 +509,10 @@ def _follow(
                     names = ", ".join(stage.name for stage in stages)
                     print(f"{stages[0].kind} {names}: ended, {ended} of {len(by_key)}", file=sys.stderr, flush=True)
                 try:
-                    failures = ray.get(ref)
-                except ray.exceptions.RayError as error:  # its process died, more often than Ray tries again
-                    if not isinstance(error, ray.exceptions.RayTaskError):
-                        messages.append(f"{stages[0].kind} {stages[0].name}: {error}")
-                    continue
-                for key, failure in failures.items():
-                    if not failure.upstream:
-                        messages.append(f"{by_key[key].kind} {by_key[key].name}: {failure.message}")
-                        print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
-    return messages
+                    failures |= ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    failures |= {stage.key: Failure.lost(error) for stage in stages}
+    return failures
 
 
 if __name__ == "__main__":

@@ -3,16 +3,29 @@ the batch's folder, with the images in it, is sent along."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.spec import load_batch
+from pipeline.spec import load_batch, read_mapping
+
+PLACES = (
+    "base",
+    "retrieval.corpus",
+    "retrieval.clip",
+    "retrieval.block_list",
+    "training.deepspeed.config",
+    "evaluation.clip",
+    "publish.signing_key",
+)
+"""Settings that can name a file, beside concepts' images."""
 
 
 def client(address: str | None) -> JobSubmissionClient:
@@ -38,10 +51,11 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
     batch = load_batch(batch_file)
     batch = batch.model_copy(update={"output": output}) if output else batch
     batch.check_places()
-    folder = batch_file.resolve().parent
-    outside = [i for c in batch.concepts for i in c.images if "://" not in i and not Path(i).is_relative_to(folder)]
-    if outside:
-        raise ValueError(f"{batch_file}: {outside[0]} is not in {folder}: only the batch's own folder is sent along")
+    folder = Path(os.path.abspath(batch_file)).parent
+    images = [image for concept in batch.concepts for image in concept.images]
+    for place in images + _relative_places(batch_file):
+        if "://" not in place and not Path(place).is_relative_to(folder):
+            raise ValueError(f"{batch_file}: {place} is not in {folder}: only the batch's own folder is sent along")
     entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *(["--output", output] if output else [])]
     connection = client(address)
     try:
@@ -56,6 +70,18 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
             f"the cluster did not take the job: {str(error).strip().splitlines()[0]} "
             "(a head that has just started takes jobs after some seconds)"
         ) from None
+
+
+def _relative_places(batch_file: Path) -> list[str]:
+    """Where files lie that a batch file names by relative paths, but images; absolute ones are the nodes' own."""
+    written, found = read_mapping(batch_file, "batch file", "concepts"), []
+    for key in PLACES:
+        value: Any = written
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if value and "://" not in value and not os.path.isabs(value):
+            found.append(os.path.abspath(batch_file.parent / Path(value).expanduser()))
+    return found
 
 
 def jobs(address: str | None) -> list[JobDetails]:

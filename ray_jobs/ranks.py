@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,7 +29,8 @@ def on_ranks(stage: Stage) -> bool:
 def train_on_ranks(stage: Stage, store: Store, board: Any, *, cpus: int, gpus: bool) -> dict[str, str]:
     """Train the stage on as many ranks as it says, each with so many CPU cores, or a GPU.
 
-    Returns: key -> why, when the training diverged. Raises: ray.train.TrainingFailedError.
+    Returns: key -> why, when the training diverged.
+    Raises: ValueError or OSError that a rank raised; ray.train.TrainingFailedError for all else.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
@@ -47,7 +46,13 @@ def train_on_ranks(stage: Stage, store: Store, board: Any, *, cpus: int, gpus: b
                 failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
             ),
         )
-        metrics = trainer.fit().metrics or {}
+        try:
+            metrics = trainer.fit().metrics or {}
+        except ray.train.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                if isinstance(failure, (ValueError, OSError)):
+                    raise failure from None
+            raise
     return metrics.get("failures", {})
 
 
@@ -74,21 +79,7 @@ def strategy_of(stage: Stage) -> Single:
     settings, zero = stage.params["training"], stage.places["deepspeed"]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if zero["config"]:
-        return DeepSpeed(read_deepspeed_config(zero["config"]))
+    if "deepspeed" in stage.params:
+        return DeepSpeed(stage.params["deepspeed"])
     share = settings["batch_size"] // stage.places["ranks"]
     return DeepSpeed(deepspeed_config(share, settings["max_grad_norm"], zero=zero["stage"], offload=zero["offload"]))
-
-
-def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Raises: ValueError when it cannot be read, or asks for what the batch file says."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"training.deepspeed.config: {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"training.deepspeed.config: {path}: expected a JSON object")
-    for key in ("optimizer", "scheduler"):
-        if key in config:
-            raise ValueError(f"training.deepspeed.config: {path}: {key!r} is not used: learning rates are `training`'s")
-    return config

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -132,8 +131,7 @@ def train(
                     # by all ranks, as each may hold only a share of the model
                     with _autocast(backbone), only(layers, i):
                         sample(run.member, path, run.step)
-                    if run.log:
-                        run.log.add_image("samples", np.asarray(Image.open(path)), run.step, dataformats="HWC")
+                    run.record_samples(path)
                 # after the samples: what a checkpoint has passed is not drawn again
                 if run.step % settings.checkpoint_every == 0 or run.done:
                     run.save()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -180,13 +182,22 @@ class Run:
 
     def record(self, loss: float, norm: float) -> None:
         self.losses.append(loss)
-        if self.log:
-            self.log.add_scalar("loss", loss, self.step)
-            self.log.add_scalar("gradient_norm", norm, self.step)
+        self._write(lambda log: log.add_scalar("loss", loss, self.step))
+        self._write(lambda log: log.add_scalar("gradient_norm", norm, self.step))
+
+    def record_samples(self, path: Path) -> None:
+        """path: of a grid of images that the weights at hand draw, where this process keeps the log."""
+        self._write(lambda log: log.add_image("samples", np.asarray(Image.open(path)), self.step, dataformats="HWC"))
 
     def close(self) -> None:
-        if self.log:
-            self.log.close()
+        self._write(SummaryWriter.close)
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        try:
+            if self.log:
+                write(self.log)
+        except FileNotFoundError:  # another run was first with the same training, and removed the scratch folder
+            self.log = None
 
     def values(self) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """The parameters by name, and the token rows of each text encoder, float32."""

@@ -6,7 +6,9 @@ out are those that one process would have made, and any strategy goes on from an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -229,3 +231,28 @@ def deepspeed_config(batch_size: int, max_grad_norm: float, *, zero: Literal[1, 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm: float) -> dict[str, Any]:
+    """A DeepSpeed configuration of the user's own (JSON), completed with what the batch says. batch_size: of a step.
+
+    Raises: ValueError when it cannot be read, or asks for what the batch says otherwise.
+    """
+    where = f"training.deepspeed.config: {path}"
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected a JSON object")
+    for key in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"):
+        if key in config:
+            raise ValueError(f"{where}: {key!r} is not used: learning rates and precision are `training`'s")
+    own = deepspeed_config(batch_size // ranks, max_grad_norm, zero=1, offload=False)
+    del own["zero_optimization"]
+    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    for key, value in {"train_batch_size": batch_size, **{key: own[key] for key in fixed}}.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(f"{where}: {key!r} is {config[key]!r}; by the batch file it is {value}: leave it out")
+        config[key] = value
+    return own | config

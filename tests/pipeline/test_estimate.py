@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.estimate import model_size, pack_bytes, pack_size
+from pipeline.estimate import estimates, model_size, pack_bytes, pack_size, stage_bytes
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
 from pipeline.spec import MINIATURE, ConceptBatch
@@ -51,6 +51,14 @@ def test_size_of_a_pack(plan):
     assert size > 1
     assert pack_bytes(plan, size) <= 0.9 * memory < pack_bytes(plan, size + 1)
     assert pack_size(plan, 2**20) == 1
+
+
+def test_memory_that_tasks_ask_for(plan):
+    """What `plan` prints; a training's is that of its whole pack."""
+    printed = estimates(plan)
+    for stage in plan:
+        assert stage_bytes(plan, [stage]) == int((printed[stage.key].gib or 0) * 2**30)
+    assert stage_bytes(plan, plan.of("train") * 3) == int(pack_bytes(plan, 3))
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])

@@ -164,6 +164,32 @@ def test_generated_images_are_as_many_as_asked_with_the_class_caption(images, tm
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's, which lost its file
+def test_another_run_is_first(images, tmp_path):
+    """Two runs of one store train the same: when the other has finished it and cleared its scratch folder, this one
+    takes its result, and goes on with its other trainings."""
+    plan = make_plan(
+        _batch(images, 2, {"regularization": "none", "steps": 4, "sample_every": 3, "checkpoint_every": 2})
+    )
+    store = Store(str(tmp_path / "store"))
+    for stage in plan.of("features"):
+        run_stage(stage, store, lambda *_: None)
+    cat, turtle = plan.of("train")
+
+    def finish(stage, what, done, total):
+        if stage == cat and done == 1:
+            with store.create("train", cat.key, {"name": "the other's"}) as out:
+                (out / "weights.safetensors").touch()
+
+    assert train_pack([cat, turtle], store, finish) == {}
+    assert store.manifest("train", cat.key)["name"] == "the other's"
+    assert ConceptWeights.load(store.path("train", turtle.key) / "weights.safetensors").metadata["steps"] == 4
+    assert list((store.local / ".scratch").iterdir()) == []
+
+
+@pytest.mark.slow
 def test_new_categories_are_merged_by_their_class_words(backbone, images, tmp_path):
     plan, store = _run(_batch(images, 2, {"regularization": "none"}, new_category=True), tmp_path)
     (merge,) = plan.of("merge")

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -72,6 +73,7 @@ def test_two_makers_of_one_artifact(store):
 
 
 def test_sweep_removes_what_a_killed_process_left(tmp_path):
+    """At once, of this machine; of others, whose processes cannot be asked for, after a day without a change."""
     root = tmp_path / "store"
     code = (
         "import os, sys; from pipeline.store import Store\n"
@@ -83,6 +85,12 @@ def test_sweep_removes_what_a_killed_process_left(tmp_path):
     with store.create("train", "mine", {}) as out:
         (out / "w").write_text("x")
         assert len(os.listdir(root / ".building")) == 2
+        for name, age in (("elsewhere.1.old", 90_000), ("elsewhere.1.new", 80_000)):
+            (root / ".building" / name).mkdir()
+            (root / ".building" / name / "half").write_text("x")
+            for path in (root / ".building" / name / "half", root / ".building" / name):
+                os.utime(path, (time.time() - age,) * 2)
         store.sweep()
-        assert len(os.listdir(root / ".building")) == 1
+        assert len(os.listdir(root / ".building")) == 2
+        assert (root / ".building" / "elsewhere.1.new").exists()
     assert store.has("train", "mine") and not store.has("train", "k")

@@ -73,13 +73,18 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
 
 
 def test_what_is_not_sent(batch, capsys):
-    """Refused before any cluster is asked."""
+    """Refused before any cluster is asked. What an absolute path names is on the nodes, as far as is known here."""
     text = batch.read_text()
     for changed, message in (
         (text.replace("images: cat", "images: ../b2/cat"), "only the batch's own folder is sent along"),
         (text.replace(f"output: {batch.parent.parent}", "output: runs"), "is relative; on a cluster"),
+        (text + "base: ../sd\nevaluation: {clip: ../clip}\n", f"{batch.parents[1]}/sd is not in {batch.parent}:"),
+        (text + "retrieval: {block_list: ../bad.txt}\n", f"{batch.parents[1]}/bad.txt is not in"),
+        (text + "retrieval: {corpus: ../*.parquet}\n", f"{batch.parents[1]}/*.parquet is not in"),
+        (text + "publish: {signing_key: ../key.pem}\n", f"{batch.parents[1]}/key.pem is not in"),
+        (text + "retrieval: {block_list: bad.txt, corpus: /lists/*.parquet}\n", "no Ray cluster at http://127.0.0.1:9"),
     ):
         batch.write_text(changed)
         with pytest.raises(SystemExit) as stop:
-            cli.main(["submit", str(batch)])
+            cli.main(["submit", str(batch), "--address", "http://127.0.0.1:9"])
         assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -13,17 +14,18 @@ import pytest
 import ray
 
 from pipeline.miniature.world import concept_images
-from pipeline.plan import make_plan
+from pipeline.plan import Plan, Stage, make_plan
 from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
-from ray_jobs.concept_batch import Board, ray_session
-from ray_jobs.ranks import read_deepspeed_config, train_on_ranks
+from ray_jobs.concept_batch import Board, check_devices, ray_session
+from ray_jobs.ranks import train_on_ranks
+from training.strategies import deepspeed_config
 from training.weights import ConceptWeights
 
 
-def _training(tmp_path, **training):
-    """The training stage of a batch of one concept, and its store with all that it needs."""
+def _plan(tmp_path, **training) -> Plan:
+    """Of a batch of one concept."""
     (tmp_path / "cat").mkdir(exist_ok=True)
     for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
         image.save(tmp_path / "cat" / f"{i}.png")
@@ -35,9 +37,13 @@ def _training(tmp_path, **training):
             "training": settings | training,
         }
     )
-    plan = make_plan(batch)
-    (stage,) = plan.of("train")
-    return plan.of("features")[0], stage
+    return make_plan(batch)
+
+
+def _training(tmp_path, **training) -> list[Stage]:
+    """Its features and its training."""
+    plan = _plan(tmp_path, **training)
+    return [*plan.of("features"), *plan.of("train")]
 
 
 @pytest.mark.slow
@@ -67,19 +73,58 @@ def _kill_a_rank(checkpoint) -> None:
     """As soon as there is a checkpoint, one of the two processes is gone."""
     while not checkpoint.exists():
         time.sleep(0.02)
-    ranks = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     os.kill(ranks[-1].pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("config", "message"),
     [
+        (None, "training.deepspeed.config: .*config.json: .*No such file"),
         ("{", "config.json: Expecting"),
-        ("[]", "expected a JSON object"),
-        (json.dumps({"optimizer": {}}), "'optimizer' is not used: learning rates are `training`'s"),
+        ([], "expected a JSON object"),
+        ({"optimizer": {}}, "'optimizer' is not used: learning rates and precision are `training`'s"),
+        ({"bf16": {"enabled": True}}, "'bf16' is not used"),
+        ({"gradient_accumulation_steps": 2}, "'gradient_accumulation_steps' is 2; by the batch file it is 1: leave it"),
+        ({"gradient_clipping": 0.5}, "'gradient_clipping' is 0.5; by the batch file it is 1.0"),
+        ({"train_batch_size": 8}, "'train_batch_size' is 8; by the batch file it is 4"),
     ],
 )
-def test_deepspeed_configs_that_cannot_be_used(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
+def test_deepspeed_configs_that_cannot_be_used(tmp_path, config, message):
+    """Refused when the plan is made."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        read_deepspeed_config(str(tmp_path / "config.json"))
+        _training(tmp_path, strategy="deepspeed", ranks=2, deepspeed={"config": str(tmp_path / "config.json")})
+
+
+def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path):
+    keys = set()
+    for zero in ({"stage": 2}, {"stage": 2, "zero_quantized_gradients": True}):
+        (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
+        config = {"config": str(tmp_path / "config.json")}
+        _, stage = _training(tmp_path, strategy="deepspeed", ranks=2, max_grad_norm=0.5, deepspeed=config)
+        keys.add(stage.key)
+        derived = deepspeed_config(2, 0.5, zero=2, offload=False)
+        assert stage.params["deepspeed"] == derived | {"zero_optimization": zero, "train_batch_size": 4}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"strategy": "ddp", "ranks": 4}, "training.ranks: 4 ranks need a CPU core each, and there are 2"),
+        ({"optimizer": "adamw8bit"}, "adamw8bit needs bitsandbytes, which is not installed"),
+        ({"attention": "xformers"}, "xformers needs CUDA"),
+    ],
+)
+def test_what_there_is_not(tmp_path, monkeypatch, capsys, training, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    plan = _plan(tmp_path, **training)
+    with pytest.raises(ValueError, match=message):
+        check_devices([plan], plan.stages, cores=2, gpus=0)
+    if "ranks" in training:  # a cluster may have an autoscaler
+        monkeypatch.setenv("RAY_ADDRESS", "anywhere")
+        check_devices([plan], plan.stages, cores=2, gpus=0)
+        assert message in capsys.readouterr().err
