@@ -29,7 +29,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipeline.estimate import pack_size
+from pipeline.estimate import Device, pack_size
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.report import summary, write_report
@@ -387,12 +387,17 @@ def _shared(training: Stage) -> dict[str, Any]:
     }
 
 
-def _device_memory(nodes: list[dict[str, Any]]) -> float:
-    """Bytes that a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
-    if ray.cluster_resources().get("GPU", 0):
-        memory = ray.remote(lambda: torch.cuda.get_device_properties(0).total_memory).options(num_gpus=1)
-        return 0.9 * ray.get(memory.remote())
-    return min(node["Resources"]["memory"] for node in nodes)
+def _device_memory(nodes: list[dict[str, Any]]) -> Device:
+    """What a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) >= 1]
+    if not with_gpus:
+        return Device(min(node["Resources"]["memory"] for node in nodes), cuda=False)
+    memory = ray.remote(lambda: torch.cuda.get_device_properties(0).total_memory)
+    found = [
+        memory.options(num_gpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in with_gpus
+    ]
+    return Device(0.9 * min(ray.get(found)), cuda=True)
 
 
 def _follow(
