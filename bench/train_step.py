@@ -5,8 +5,9 @@ Stable Diffusion 1.4's shapes with random weights, 256-pixel images, 2 concept a
 float32, and bf16 where the CPU multiplies it (else those figures are null).
 Aims: at most 1.10 times the floor; under 2 % of a step spent waiting for data.
 
-`--peer FILE` also times diffusers' `examples/custom_diffusion/train_custom_diffusion.py` on the same shapes, as the
-difference between a longer and a shorter run. Aim: at least 1.8 times faster a step.
+`--peer DIR` also times a diffusers checkout's `examples/custom_diffusion/train_custom_diffusion.py` on the same shapes,
+as the difference between a longer and a shorter run (the script itself may be named as well). Aim: at least 1.8 times
+faster a step.
 
 The last line printed is one JSON object.
 """
@@ -103,8 +104,13 @@ def peer(script: Path, backbone: Backbone) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, metavar="FILE", help="diffusers' train_custom_diffusion.py")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of diffusers")
     arguments = parser.parse_args()
+    script = arguments.peer
+    if script and script.is_dir():
+        script = script / "examples" / "custom_diffusion" / "train_custom_diffusion.py"
+    if script and not script.is_file():
+        parser.error(f"--peer: {script}: no such file; name a checkout of diffusers")
     figures: dict[str, float | None] = {"floor_ratio_bf16": None}
     # `_is_avx512_bf16_supported` is what PyTorch's own tests ask
     fast_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
@@ -121,8 +127,8 @@ def main() -> None:
         )
         figures |= {f"floor_{name}": least, f"step_{name}": step, f"floor_ratio_{name}": step / least}
         figures["waiting_share"] = drawing / step
-        if arguments.peer and name == "fp32":
-            theirs = peer(arguments.peer, backbone)
+        if script and name == "fp32":
+            theirs = peer(script, backbone)
             print(f"{name}: the peer {theirs:.2f} s a step", flush=True)
             figures |= {"peer": theirs, "peer_speedup": theirs / step}
         del backbone

@@ -1,8 +1,8 @@
 """What a plan will cost: seconds and memory of each stage, before anything runs.
 
-Operations, and the bytes that a training step keeps for its backward pass, are counted by running the base model's
-layers on the meta device (shapes only). Seconds are operations over the device's speed on one matrix product, times how
-much of that the models reach, measured on the miniature with `make demo`. Network time is not estimated.
+Operations, and the bytes that are alive in a training step, are counted by running the base model's layers on tensors
+that have shapes only. Seconds are operations over the device's speed on one matrix product, times how much of that the
+models reach, measured on the miniature with `make demo`. Network time is not estimated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.plan import Plan, Stage
@@ -40,11 +43,22 @@ class Estimate:
     gib: float | None
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a pack trains on. memory: bytes that it may take. cuda: a GPU, else a process on a machine's cores."""
+
+    memory: float
+    cuda: bool
+
+
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PROCESS = 0.9 * 2**30
 """Bytes of a process that has imported everything and done a step, beyond tensors; measured on the CPU."""
-TRAINED_BYTES = 16
-"""Of a trained number in float32: itself, its gradient and the two averages of Adam."""
+TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10}
+"""Of a trained number in float32: itself, its gradient and the two averages of the optimizer."""
+GAPS = 1.4
+"""Resident bytes of activations on the CPU over the tensors' own: its allocator leaves gaps between small ones.
+Measured on the miniature."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class ModelSize:
 
     unet_flops: of one forward pass of one sample. vae_flops: of encoding one image. parameters: of all parts.
     trained: of what a method trains, without its token rows. trained_share: how much of the UNet trains.
-    kept_bytes: what one sample of a training step keeps for the backward pass, float32.
+    step_bytes: most that is alive of one sample in a training step, float32, beside what trains and its gradients.
     """
 
     unet_flops: float
@@ -61,7 +75,7 @@ class ModelSize:
     parameters: int
     trained: int
     trained_share: float
-    kept_bytes: float
+    step_bytes: float
     text_width: int
     latent_numbers: int
     """Of one image."""
@@ -69,15 +83,21 @@ class ModelSize:
     """Side of an image."""
 
 
-def estimates(plan: Plan) -> dict[str, Estimate]:
-    """Stage key -> estimate, for each stage of the plan; a training's is that of a pack of its own."""
-    model, speed = _size_of(plan), _device_speed()
-    return {stage.key: _estimate(stage, plan, model, speed) for stage in plan}
+def estimates(plan: Plan, *, cuda: bool) -> dict[str, Estimate]:
+    """Stage key -> estimate, for each stage of the plan, on this machine's GPU or cores; a training's is that of a pack
+    of its own."""
+    model, speed = _size_of(plan), _device_speed(cuda)
+    return {stage.key: _estimate(stage, plan, model, speed, cuda) for stage in plan}
 
 
-def pack_bytes(plan: Plan, members: int) -> float:
-    """Peak memory, bytes, of a process (on the CPU) or device that trains so many sets of weights as one pack."""
-    return _pack_bytes(plan, _size_of(plan), members)
+def pack_bytes(plan: Plan, members: int, *, cuda: bool = False) -> float:
+    """Peak memory, bytes, of a GPU, or of a process on the CPU, that trains so many sets of weights as one pack."""
+    settings, model = plan.batch.training, _size_of(plan)
+    width = training_dtype(settings.precision, cuda=cuda).itemsize
+    samples = settings.batch_size * (1 if settings.regularization == "none" else 2)
+    step = samples * model.step_bytes * width / 4
+    each = model.trained * TRAINED_BYTES[settings.optimizer] + (step if cuda else GAPS * step)
+    return (0 if cuda else PROCESS) + model.parameters * width + members * each
 
 
 def stage_bytes(plan: Plan, stages: Sequence[Stage]) -> int:
@@ -87,26 +107,19 @@ def stage_bytes(plan: Plan, stages: Sequence[Stage]) -> int:
     return int((_estimate(stages[0], plan, _size_of(plan), speed=1).gib or 0) * 2**30)
 
 
-def pack_size(plan: Plan, memory: float) -> int:
-    """How many sets of weights fit in so many bytes at once, at least 1; a tenth of the memory is left free. Always 1
-    where the method does not train in packs."""
-    if not METHODS[plan.batch.training.method].mergeable:
-        return 1
-    model = _size_of(plan)
-    alone, each = _pack_bytes(plan, model, 1), _pack_bytes(plan, model, 2) - _pack_bytes(plan, model, 1)
-    return max(1, 1 + int((0.9 * memory - alone) // each))
-
-
-def _pack_bytes(plan: Plan, model: ModelSize, members: int) -> float:
+def pack_size(plan: Plan, device: Device) -> int:
+    """How many sets of weights train at once, at least 1: as `training.pack_size` says, or as fit in nine tenths of the
+    memory. Always 1 where the method or the strategy does not train in packs."""
     settings = plan.batch.training
-    width = 2 if training_dtype(settings.precision) == torch.bfloat16 else 4
-    samples = settings.batch_size * (1 if settings.regularization == "none" else 2)
-    each = model.trained * TRAINED_BYTES + samples * model.kept_bytes * width / 4
-    process = 0 if torch.cuda.is_available() else PROCESS
-    return process + model.parameters * width + members * each
+    if not METHODS[settings.method].mergeable or settings.strategy != "single":
+        return 1
+    if settings.pack_size != "auto":
+        return settings.pack_size
+    alone, two = (pack_bytes(plan, members, cuda=device.cuda) for members in (1, 2))
+    return max(1, 1 + int((0.9 * device.memory - alone) // (two - alone)))
 
 
-def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estimate:
+def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float, cuda: bool = False) -> Estimate:
     resident = (PROCESS + model.parameters * 4) / 2**30
     if stage.kind == "features":
         views = len(stage.params["images"]) * max(1, stage.params["views"]) + plan.batch.retrieval.images
@@ -117,7 +130,7 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estim
         # forward, backward for the activations, and for what trains
         passes = 2 + model.trained_share
         seconds = settings["steps"] * samples * passes * model.unet_flops / speed
-        return Estimate(seconds, _pack_bytes(plan, model, 1) / 2**30)
+        return Estimate(seconds, pack_bytes(plan, 1, cuda=cuda) / 2**30)
     if stage.kind == "generated":
         drawn = stage.params["images"] * stage.params["steps"]
         return Estimate(drawn * 2 * model.unet_flops / speed, resident)
@@ -131,20 +144,59 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float) -> Estim
 
 
 @functools.cache  # else a hub's model is looked up there each time
-def model_size(base: str, method: str = "custom_diffusion", *, train_text_encoder: bool = False) -> ModelSize:
+def model_size(
+    base: str,
+    method: str = "custom_diffusion",
+    *,
+    train_text_encoder: bool = False,
+    gradient_checkpointing: bool = False,
+) -> ModelSize:
     """Count a base model (a diffusers folder or hub name) in the hands of a method.
 
     Raises: ValueError when there is no such model.
     """
-    return _measure(local_model(base), METHODS[method].unet, train_text_encoder)
+    return _measure(local_model(base), METHODS[method].unet, train_text_encoder, gradient_checkpointing)
 
 
 def _size_of(plan: Plan) -> ModelSize:
     training = plan.batch.training
-    return model_size(plan.batch.base_path, training.method, train_text_encoder=training.train_text_encoder)
+    return model_size(
+        plan.batch.base_path,
+        training.method,
+        train_text_encoder=training.train_text_encoder,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
 
 
-def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSize:
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside the block: those alive (`now`), and the most there were (`peak`).
+
+    known: tensors that were there before.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.seen.discard(storage)
+        self.now -= size
+
+
+def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_checkpointing: bool) -> ModelSize:
     def config(part: str) -> dict[str, Any]:
         return json.loads((folder / part / "config.json").read_text())
 
@@ -155,6 +207,8 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSiz
         unet = UNet2DConditionModel.from_config(config("unet")).requires_grad_(False)
         vae = AutoencoderKL.from_config(config("vae"))
         use_attention(unet, "sdpa")
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         side, width = unet.config.sample_size, unet.config.cross_attention_dim
         latents = torch.empty(1, unet.config.in_channels, side, side)
         added = None
@@ -162,22 +216,13 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSiz
             added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         names = set(unet_parameters(unet, part))
         trained = [p.requires_grad_() for name, p in unet.named_parameters() if short_name(name) in names]
-        text = torch.empty(1, 77, width, requires_grad=not trained)  # else they keep more than its gradient needs
-        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with (
-            FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            prediction = unet(latents, torch.ones(1), text, added_cond_kwargs=added).sample
-        del prediction
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # TRAINED_BYTES has it
+        text = torch.empty(1, config("text_encoder")["max_position_embeddings"], width, requires_grad=True)
+        with LiveBytes(unet.parameters()) as live:
+            with FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count:
+                prediction = unet(latents, torch.ones(1), text, added_cond_kwargs=added).sample
+            prediction.sum().backward()
         pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
         with FlopCounterMode(display=False, custom_mapping=fused_attention) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
@@ -189,11 +234,15 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool) -> ModelSiz
         sum(_numbers(file) for name in PARTS for file in (folder / name).glob("*.safetensors")),
         matrices + (sum(_numbers(file, tables=False) for file in encoders) if train_text_encoder else 0),
         matrices / sum(p.numel() for p in unet.parameters()),
-        sum(kept.values()),
+        live.peak,
         width,
         latents.numel(),
         pixels,
     )
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _numbers(file: Path, *, tables: bool = True) -> int:
@@ -203,9 +252,9 @@ def _numbers(file: Path, *, tables: bool = True) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
-def _device_speed() -> float:
-    """Operations a second that the models reach on this machine's device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _device_speed(cuda: bool) -> float:
+    """Operations a second that the models reach on this machine's GPU or cores."""
+    device = "cuda" if cuda else "cpu"
     a = torch.randn(1024, 1024, device=device)
     (a @ a).sum().item()
     start = time.perf_counter()

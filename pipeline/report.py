@@ -82,7 +82,7 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
         "concepts": concepts,
         "overall": _overall(concepts),
         "worst": _worst(concepts),
-        "merge": {key: merged[key] for key in ("form", "rows", "regularization_captions", "condition")}
+        "merge": {key: merged[key] for key in ("form", "why", "rows", "regularization_captions", "condition")}
         | {"compression_error": merged["compressed"]["error"]},
         "residuals": {"before": merged["residuals"], "after": merged["compressed"]["residuals"]},
         "drift": {"before": merged["drift"], "after": merged["compressed"]["drift"]},

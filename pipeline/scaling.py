@@ -15,7 +15,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.estimate import model_size, pack_size
+from pipeline.estimate import Device, model_size, pack_size
 from pipeline.plan import Plan
 from pipeline.spec import Positive, Section, explain
 from retrieval.select import HITS_AT_ONCE
@@ -83,7 +83,7 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
     gpus = cluster.nodes * cluster.devices
     speed = cluster.tflops * 1e12
     network = cluster.nodes * cluster.network_gbit / 8 * 1e9
-    packed = pack_size(plan, cluster.memory_gib * 2**30)
+    packed = pack_size(plan, Device(cluster.memory_gib * 2**30, cuda=True))
     # concepts come in whole numbers to a GPU
     rounds = math.ceil(concepts / gpus)
     regularized = training.regularization != "none"

@@ -246,7 +246,7 @@ class Merge(Section):
     partial: bool = False
     """Go on without the concepts that failed (the run then ends with exit code 1); otherwise nothing is merged."""
     form: Literal["auto", "hard", "soft"] = "auto"
-    """Constraints met exactly, or as a penalty; auto: exactly while their rows are independent."""
+    """Constraints met exactly, or as a penalty; auto: exactly while that leaves the regularisation captions alone."""
     penalty: float = Field(100.0, gt=0)
     """mu of the soft form, relative to the mean of G's diagonal."""
     captions: Positive = 1000

@@ -382,6 +382,7 @@ def merge_concepts(work: Work) -> None:
     small.save(work.out / "merged.safetensors")
     summary = {
         "form": solved.form,
+        "why": solved.why,
         "rows": solved.rows,
         "regularization_captions": len(captions),
         "condition": solved.condition if math.isfinite(solved.condition) else None,
@@ -414,6 +415,7 @@ def _keep(work: Work) -> None:
     kept.save(work.out / "merged.safetensors")
     summary = {
         "form": "kept",
+        "why": "",
         "rows": 0,
         "regularization_captions": 0,
         "condition": None,

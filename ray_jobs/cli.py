@@ -110,7 +110,7 @@ def plan(
     captions: Annotated[int, typer.Option(min=1, help="With --cluster: rows of the corpus.")] = 1_000_000,
 ) -> None:
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
-    from pipeline.estimate import estimates
+    from pipeline.estimate import estimates, pack_bytes, pack_size
     from pipeline.plan import make_plan
     from pipeline.store import Store
 
@@ -122,7 +122,8 @@ def plan(
         count = concepts or len(batch.concepts)
         print("\n".join(describe(*predict(made, load_cluster(cluster), concepts=count, captions=captions))))
         return
-    store, cost = Store(batch.store_url), estimates(made)
+    store, device = Store(batch.store_url), _this_device()
+    cost = estimates(made, cuda=device.cuda)
     print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
     seconds = 0.0
@@ -137,10 +138,30 @@ def plan(
         )
     for note in made.notes:
         print(f"note: {note}")
+    if trainings := [stage for stage in made.todo(store) if stage.kind == "train"]:
+        packs = -(-len(trainings) // pack_size(made, device))
+        largest = -(-len(trainings) // packs)
+        print(
+            f"packs of up to {largest} concepts, {pack_bytes(made, largest, cuda=device.cuda) / 2**30:.2f} GiB, of "
+            f"{device.memory / 2**30:.1f} GiB on this machine"
+        )
     todo = len(made.todo(store))
     print(
         f"{todo} of {len(made.stages)} stages to do, about {seconds:.0f} s of computing on one device of this machine"
     )
+
+
+def _this_device():
+    """What a training may use here when Ray is started on this machine."""
+    import torch
+    from ray._private.utils import estimate_available_memory, resolve_object_store_memory
+
+    from pipeline.estimate import Device
+
+    if torch.cuda.is_available():
+        return Device(0.9 * torch.cuda.get_device_properties(0).total_memory, cuda=True)
+    memory = estimate_available_memory()
+    return Device(memory - resolve_object_store_memory(memory), cuda=False)
 
 
 Address = Annotated[
@@ -262,7 +283,8 @@ def merge(
     )
     worst = max(report.residuals.items(), key=lambda item: item[1], default=None)
     print(
-        f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form, "
+        f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form "
+        f"({report.why}), "
         f"{out.stat().st_size / 1e6:.2f} MB, {f'worst residual {worst[1]:.1e} ({worst[0]}), ' if worst else ''}"
         f"drift {report.drift:.3f}"
     )

@@ -30,7 +30,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipeline.estimate import pack_size, stage_bytes
+from pipeline.estimate import Device, pack_size, stage_bytes
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
@@ -42,7 +42,6 @@ from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
 from training.backbone import base_digest
-from training.methods import METHODS
 
 ON_DEVICE = {
     "index",
@@ -427,8 +426,10 @@ def _nodes() -> list[dict[str, Any]]:
 
 def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
+    if not trainings:
+        return []
     nodes = _nodes()
-    devices = int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
+    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes)
     alike: dict[tuple[str, int], list[Stage]] = {}
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
@@ -440,12 +441,7 @@ def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage
         alike.setdefault((key, place), []).append(stage)
     packs: list[tuple[Stage, ...]] = []
     for stages in alike.values():
-        plan = plan_of[stages[0].key]
-        size = plan.batch.training.pack_size
-        if on_ranks(stages[0]) or not METHODS[plan.batch.training.method].mergeable:
-            size = 1
-        elif size == "auto":
-            size = pack_size(plan, _device_memory(nodes))
+        size = pack_size(plan_of[stages[0].key], device)
         count = max(-(-len(stages) // size), min(devices, len(stages)))
         packs += [tuple(stages[i::count]) for i in range(count)]
     return packs
@@ -454,7 +450,7 @@ def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage
 def _shared(training: Stage) -> dict[str, Any]:
     """What the members of a pack have in common."""
     settings = training.params["training"]
-    names = ("method", "train_text_encoder", "batch_size", "precision")
+    names = ("method", "train_text_encoder", "batch_size", "precision", "optimizer")
     places = ("base", "attention", "gradient_checkpointing", "compile", "pack_size", "strategy")
     return {
         "prior": settings["regularization"] != "none",
@@ -463,12 +459,17 @@ def _shared(training: Stage) -> dict[str, Any]:
     }
 
 
-def _device_memory(nodes: list[dict[str, Any]]) -> float:
-    """Bytes that a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
-    if ray.cluster_resources().get("GPU", 0):
-        memory = ray.remote(lambda: torch.cuda.get_device_properties(0).total_memory).options(num_gpus=1)
-        return 0.9 * ray.get(memory.remote())
-    return min(node["Resources"]["memory"] for node in nodes)
+def _device(nodes: list[dict[str, Any]]) -> Device:
+    """What a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) >= 1]
+    if not with_gpus:
+        return Device(min(node["Resources"]["memory"] for node in nodes), cuda=False)
+    memory = ray.remote(lambda: torch.cuda.get_device_properties(0).total_memory)
+    found = [
+        memory.options(num_gpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in with_gpus
+    ]
+    return Device(0.9 * min(ray.get(found)), cuda=True)
 
 
 def _follow(

@@ -31,8 +31,10 @@ def use_attention(unet: Any, backend: Literal["auto", "xformers", "sdpa"]) -> st
     return backend
 
 
-def training_dtype(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
-    """dtype of the frozen model. `auto`: bfloat16 on CUDA, float32 on the CPU."""
+def training_dtype(precision: Literal["auto", "fp32", "bf16"], *, cuda: bool | None = None) -> torch.dtype:
+    """dtype of the frozen model. `auto`: bfloat16 on CUDA, float32 on the CPU. cuda: which it is; this machine's when
+    None."""
     if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        cuda = torch.cuda.is_available() if cuda is None else cuda
+        return torch.bfloat16 if cuda else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

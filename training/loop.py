@@ -108,8 +108,6 @@ def train(
                     layer.bind([run.matrices[name] for run in active])
                 step = strategy.wrap(objective, active)
             losses = step([_draw(run.member, run.step, strategy.rank, strategy.ranks) for run in active])
-            for parameter in (*(layer.weight for layer in layers.values()), *tokens):
-                parameter.grad = None
             strategy.backward(losses.sum())
             for i, (run, loss) in enumerate(zip(bound, strategy.mean(losses).tolist(), strict=True)):
                 before = run.step
@@ -135,6 +133,9 @@ def train(
                 # after the samples: what a checkpoint has passed is not drawn again
                 if run.step % settings.checkpoint_every == 0 or run.done:
                     run.save()
+            # else they would take memory through the next forward and backward pass
+            for parameter in (*(layer.weight for layer in layers.values()), *tokens):
+                parameter.grad = None
 
 
 def _add_tokens(backbone: Backbone, members: Sequence[Member]) -> list[nn.Parameter]:

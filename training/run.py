@@ -169,6 +169,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.trained, self.member.settings.max_grad_norm).item()
         self.check(loss, norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # views that would keep the pack's whole gradients
         self.record(loss, norm)
 
     def check(self, loss: float, norm: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.merge.solve import gram_factor
 
 
 def weighted_factors(
@@ -21,9 +22,9 @@ def weighted_factors(
         max_rank: upper bound of every layer's rank. max_bytes: of all factors together at 2 bytes a number.
 
     Returns: the factors (float32), and the relative error ||(dW - L R) G^(1/2)|| / ||dW G^(1/2)|| over all layers.
-    Raises: ValueError when max_bytes does not even pay for one rank of every layer.
+    Raises: ValueError when max_bytes does not even pay for one rank of every layer, or G is singular.
     """
-    factor = torch.linalg.cholesky(gram)  # G = F F^T, ||dW F|| = ||dW G^(1/2)||
+    factor = gram_factor(gram)  # G = F F^T, ||dW F|| = ||dW G^(1/2)||
     spectra = {}
     worth: list[tuple[float, int, str]] = []
     total = 0.0
@@ -64,7 +65,7 @@ def truncated_factors(
 
     Returns: as `weighted_factors`, the error measured alike.
     """
-    factor = torch.linalg.cholesky(gram)
+    factor = gram_factor(gram)
     left, right = {}, {}
     lost = total = 0.0
     for layer, delta in deltas.items():
@@ -83,7 +84,7 @@ def shared_factors(model: MergedModel, gram: torch.Tensor, max_rank: int) -> tup
     Stacking the layers, [left_1; …; left_L] right G^(1/2) is one matrix of rank at most s; its leading right singular
     vectors are the shared basis. Arguments and returns as for `weighted_factors`.
     """
-    factor = torch.linalg.cholesky(gram)
+    factor = gram_factor(gram)
     right = model.right[SHARED].double()
     stacked = torch.cat([left.double() for left in model.left.values()])  # (sum of out, s)
     # QR of the thin side keeps the SVD at s x d, however many layers there are

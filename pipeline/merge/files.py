@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import operator
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def merge_files(
             anew. A model merged from sums takes the soft form, and needs no files of the other concepts.
         remove: weight files of concepts to take out of `sums`.
     Raises: ValueError for weights of another base, two concepts with one token or name, an empty caption file, a
-        concept to remove that is not merged, the hard form with sums.
+        concept to remove that is not merged or was trained again since, the hard form with sums.
     """
     if sums and form == "hard":
         raise ValueError("merge: the hard form needs the files of all concepts; with sums it is the soft one")
@@ -78,7 +79,7 @@ def merge_files(
         raise ValueError(f"{captions}: no captions in it; one a line is expected")
     rows = regularization_rows(backbone, lines)
     weights_of_layers = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    merged = _Merged.load(sums, backbone) if sums and sums.exists() else _Merged(None, {}, [])
+    merged = _Merged.load(sums, backbone) if sums and sums.exists() else _Merged(None, {}, [], {})
     for path in remove:
         merged = merged.without(path, backbone)
     constraints = []
@@ -90,7 +91,6 @@ def merge_files(
     if sums:
         parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])
         total: Sums = functools.reduce(operator.add, parts)
-        merged = dataclasses.replace(merged, sums=total)
         model, result = merge_sums(
             total, constraints, rows, weights_of_layers, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
         )
@@ -102,17 +102,21 @@ def merge_files(
     model = in_half(dataclasses.replace(model, tokens=merged.tokens, metadata=metadata))
     model.save(out)
     if sums:  # last: until it is written, the same command can be given again
-        merged.save(sums, backbone)
+        merged.save(sums, total, backbone)
     return model, result
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """Concepts that are merged: their sums (None: only files so far), tokens and descriptions."""
+    """Concepts that are merged: their sums (None: only files so far), tokens and descriptions.
+
+    demanded: concept -> digest of what its file demanded of the merge, see `_digest`.
+    """
 
     sums: Sums | None
     tokens: dict[str, list[torch.Tensor]]
     concepts: list[dict[str, Any]]
+    demanded: dict[str, str]
 
     @classmethod
     def load(cls, path: Path, backbone: Backbone) -> _Merged:
@@ -121,12 +125,13 @@ class _Merged:
             raise ValueError(f"{path}: holds no sums of a merge; found {sorted(tensors)[:3]}")
         described = json.loads(metadata["merged"])
         _check_base(path, described["base"], backbone)
-        return cls(Sums.of(tensors, metadata), tokens_from(tensors), described["concepts"])
+        return cls(
+            Sums.of(tensors, metadata), tokens_from(tensors), described["concepts"], described.get("demanded", {})
+        )
 
-    def save(self, path: Path, backbone: Backbone) -> None:
-        assert self.sums
-        described = json.dumps({"base": backbone.digest, "concepts": self.concepts})
-        self.sums.save(path, token_tensors(self.tokens), {"merged": described})
+    def save(self, path: Path, sums: Sums, backbone: Backbone) -> None:
+        described = {"base": backbone.digest, "concepts": self.concepts, "demanded": self.demanded}
+        sums.save(path, token_tensors(self.tokens), {"merged": json.dumps(described)})
 
     def with_added(self, path: Path, backbone: Backbone) -> tuple[_Merged, list[Constraint]]:
         """With the concepts of a file, and their constraints, which are not in the sums yet."""
@@ -141,24 +146,37 @@ class _Merged:
         if twice := set(self.tokens) & set(weights.tokens):
             raise ValueError(f"{path}: token {min(twice)!r} is another concept's too; each concept needs its own")
         concepts = [*self.concepts, *weights.metadata["concepts"]]
-        return _Merged(self.sums, self.tokens | weights.tokens, concepts), constraint_of(
-            backbone, weights, DEFAULTS.prompts
-        )
+        demanded = self.demanded | {concept["name"]: _digest(weights) for concept in weights.metadata["concepts"]}
+        constraints = constraint_of(backbone, weights, DEFAULTS.prompts)
+        return _Merged(self.sums, self.tokens | weights.tokens, concepts, demanded), constraints
 
     def without(self, path: Path, backbone: Backbone) -> _Merged:
         weights = ConceptWeights.load(path)
         _check_base(path, weights.metadata.get("base", ""), backbone)
-        for token, rows in weights.tokens.items():
-            merged = self.tokens.get(token)
-            if merged is None or not all(torch.equal(a, b) for a, b in zip(merged, rows, strict=True)):
-                raise ValueError(f"{path}: these weights (token {token!r}) are not among the concepts merged")
-        tokens = {token: rows for token, rows in self.tokens.items() if token not in weights.tokens}
         gone = {concept["name"] for concept in weights.metadata["concepts"]}
+        digest = _digest(weights)
+        if self.sums is None or any(self.demanded.get(name) != digest for name in gone):
+            raise ValueError(
+                f"{path}: these weights of {', '.join(sorted(gone))} are not among the concepts merged; name the very "
+                "file that was added, not one trained again"
+            )
+        tokens = {token: rows for token, rows in self.tokens.items() if token not in weights.tokens}
         concepts = [concept for concept in self.concepts if concept["name"] not in gone]
-        assert self.sums
+        demanded = {name: known for name, known in self.demanded.items() if name not in gone}
         # of nothing but rounding, when no concept is left
         sums = self.sums - Sums.over(constraint_of(backbone, weights, DEFAULTS.prompts)) if concepts else None
-        return _Merged(sums, tokens, concepts)
+        return _Merged(sums, tokens, concepts, demanded)
+
+
+def _digest(weights: ConceptWeights) -> str:
+    """sha256 of all that a file demands of a merge: its changes and tokens, and the constraint prompts.
+
+    Not of the constraint made of them, whose rounding is that of the machine.
+    """
+    digest = hashlib.sha256(json.dumps(DEFAULTS.prompts).encode())
+    for name, tensor in sorted((weights.deltas | token_tensors(weights.tokens)).items()):
+        digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_base(path: Path, digest: str, backbone: Backbone) -> None:

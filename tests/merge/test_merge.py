@@ -118,6 +118,37 @@ def test_too_many_rows_and_agreeing_concepts_are_refused(problem):
     assert merge(constraints, regularization, base)[1].form == "hard"
 
 
+def test_nearly_agreeing_concepts_are_met_as_a_penalty(problem):
+    """They could be met exactly, but not without moving everything else."""
+    regularization, base, _, _, constraints = problem
+    first, second, _ = constraints
+    rows = first.rows + 1e-5 * second.rows
+    near = [first, Constraint("near", rows, second.changes)]
+    hard = merge(near, regularization, base, form="hard")[1]
+    assert max(hard.residuals.values()) < 1e-3 and hard.drift > 10 and hard.why == "asked for"
+    chosen = merge(near, regularization, base)[1]
+    assert chosen.form == "soft" and chosen.drift < 0.5 and "nearly agree" in chosen.why
+    assert f"by {hard.drift:.2g} of their size" in chosen.why
+    apart = merge([first, second], regularization, base)[1]
+    assert apart.form == "hard" and f"by {apart.drift:.2g} of their size" in apart.why
+
+
+@pytest.mark.parametrize("rows", [8, D - 1])
+def test_a_singular_gram_matrix_asks_for_damping(problem, rows):
+    """Fewer rows than the text features are wide."""
+    regularization, base, _, _, constraints = problem
+    few = regularization[:rows]
+    for form in ("auto", "hard"):
+        with pytest.raises(ValueError, match=r"raise merge\.damping"):
+            merge(constraints, few, base, form=form, damping=0.0)
+    with pytest.raises(ValueError, match=r"raise merge\.damping"):
+        merge(constraints[:1], few[:1], base, form="soft", damping=0.0)
+    gram = few.T @ few
+    with pytest.raises(ValueError, match=r"raise merge\.damping"):
+        weighted_factors({"a.to_k": torch.ones(16, D)}, gram)
+    assert merge(constraints, few, base, form="hard")[1].form == "hard"
+
+
 def test_adding_replacing_and_removing_a_concept_is_merging_afresh(problem, tmp_path):
     """From the stored sums and the changed concept's own constraint, without the other concepts' files."""
     regularization, base, _, _, constraints = problem
@@ -242,13 +273,13 @@ def test_constraint_rows_are_the_concepts_positions(backbone):
     assert regularization_rows(backbone, ["a cat", "photo of a dog"]).shape == (3 + 5, 192)
 
 
-def _weights(backbone, name: str, seed: int) -> ConceptWeights:
+def _weights(backbone, name: str, seed: int, *, token: bool = True) -> ConceptWeights:
     generator = torch.Generator().manual_seed(seed)
     deltas = {k: 0.01 * torch.randn(v.weight.shape, generator=generator) for k, v in backbone.layers.items()}
     width = backbone.text_encoders[0].get_input_embeddings().weight.shape[1]
-    described = [{"name": name, "token": f"<{name}>", "class_word": "cat"}]
-    row = 0.1 * torch.randn(width, generator=generator)
-    return ConceptWeights(deltas, {f"<{name}>": [row]}, {"concepts": described, "base": backbone.digest})
+    described = [{"name": name, "token": f"<{name}>" if token else "", "class_word": "cat"}]
+    tokens = {f"<{name}>": [0.1 * torch.randn(width, generator=generator)]} if token else {}
+    return ConceptWeights(deltas, tokens, {"concepts": described, "base": backbone.digest})
 
 
 def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
@@ -283,8 +314,30 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
         (lambda: merged(c), "'c' is merged already"),
         (lambda: merged(remove=[a]), "are not among the concepts merged"),
         (lambda: merged(remove=[b, c]), "no concepts"),
+        (lambda: merged(b, sums="none.safetensors", remove=[a]), "are not among the concepts merged"),
         (lambda: merged(a, sums="c.safetensors"), "holds no sums"),
     ):
         with pytest.raises(ValueError, match=message):
             arguments()
     assert (tmp_path / "sums.safetensors").read_bytes() == stamp
+
+
+def test_only_the_very_file_that_was_added_is_removed(backbone, tmp_path):
+    """Also of a new category, which has no token to tell it by."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat\na dog\na house")
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("gate", "again", "b")}
+    _weights(backbone, "gate", 0, token=False).save(files["gate"])
+    _weights(backbone, "gate", 1, token=False).save(files["again"])
+    _weights(backbone, "b", 2).save(files["b"])
+
+    def merged(*paths, remove=()):
+        sums, out = tmp_path / "sums.safetensors", tmp_path / "m.safetensors"
+        return merge_files(paths, captions, MINIATURE / "model", sums=sums, remove=remove, out=out)[0]
+
+    merged(files["gate"], files["b"])
+    with pytest.raises(
+        ValueError, match=r"again\.safetensors: these weights of gate are not among the concepts merged"
+    ):
+        merged(remove=[files["again"]])
+    assert [concept["name"] for concept in merged(remove=[files["gate"]]).metadata["concepts"]] == ["b"]

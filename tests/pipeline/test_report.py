@@ -112,6 +112,7 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     residuals = {c.name: 1e-9 for c in batch.concepts}
     report = {
         "form": "hard",
+        "why": "meeting them moves little",
         "rows": 2,
         "regularization_captions": 3,
         "condition": float("nan"),

@@ -59,6 +59,9 @@ def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys)
     code, out, _ = run("plan", str(path), capsys=capsys)
     assert code == 0
     assert "21 of 21 stages to do" in out
+    assert "\npacks of up to 2 concepts, 1." in out
+    assert "packs of up to 1 concepts" in run("plan", str(batch(training={"pack_size": 1})), capsys=capsys)[1]
+    path = batch()
     for kind in (
         "index",
         "candidates",

@@ -13,6 +13,7 @@ from training.features import ConceptFeatures
 from training.loop import train
 from training.pack import StackedLinear
 from training.run import Member, TrainingDiverged
+from training.strategies import Single
 from training.weights import ConceptWeights
 
 
@@ -70,6 +71,32 @@ def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path, optimi
     assert resumed.metadata == whole.metadata
     assert all(torch.equal(resumed.deltas[k], whole.deltas[k]) for k in whole.deltas)
     assert torch.equal(resumed.tokens["<new1>"][0], whole.tokens["<new1>"][0])
+
+
+class _Watched(Single):
+    """Sees which gradients are there when those of a step are to be made."""
+
+    def wrap(self, objective, runs):
+        self.parameters = [*objective.parameters(), *(p for run in runs for p in run.trained)]
+        self.seen: list[bool] = []
+        return objective
+
+    def backward(self, loss):
+        self.seen.append(any(p.grad is not None for p in self.parameters))
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["custom_diffusion", "custom_diffusion_crossattn"])
+def test_gradients_of_a_step_are_gone_in_the_next(backbone, concepts, settings, tmp_path, method):
+    strategy = _Watched()
+    train_alone(
+        backbone,
+        concepts[:1],
+        dataclasses.replace(settings, steps=2, method=method),
+        scratch=tmp_path,
+        strategy=strategy,
+    )
+    assert strategy.seen == [False, False]
 
 
 def test_every_jointly_trained_concept_trains(backbone, concepts, settings, tmp_path):
