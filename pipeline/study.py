@@ -253,7 +253,7 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
             own = [case.stages[concept] for case in group if concept in case.stages]
             if concept in real:
                 drawn = np.concatenate([_directions(tower.features(_images(s["class"], store))) for s in own])
-                distances.append(kid(drawn, real[concept]))
+                distances.append(kid(drawn, real[concept], resamples=100))
             for stages in own:
                 prompts = _table(stages["tuned"], store)["prompt"].tolist()
                 if len(prompts) > len(set(prompts)):
