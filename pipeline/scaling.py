@@ -1,29 +1,36 @@
 """What a batch would take on a cluster that is not at hand: a small cost model, stage by stage.
 
 Operations and bytes are counted (`pipeline.estimate`); how fast a cluster does them is what its file says. Each kind of
-stage takes the longer of its computing and its moving of bytes; kinds follow one another, since nearly all work of one
-waits for that of the one before (features for downloads, the merge for the last training).
+stage takes the longer of its computing and its moving of bytes, over the network of all nodes or, where one process
+reads or writes everything, of one; kinds follow one another, since nearly all work of one waits for that of the one
+before (features for downloads, the merge for the last training). The store is a URL: what a node reads, crosses the
+network, once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.estimate import Device, model_size, pack_size
-from pipeline.plan import Plan
+from pipeline.estimate import Device, model_size, pack_bytes, pack_size
+from pipeline.plan import SUMMED, Plan
 from pipeline.spec import Positive, Section, explain
 from retrieval.select import HITS_AT_ONCE
+from training.attention import training_dtype
 from training.methods import METHODS
 
 Quantity = Annotated[float, Field(gt=0)]
 CONSTRAINT_ROWS = 7
 """Of a concept with the two default prompts."""
+IMAGE, ROW, VECTOR, POSITIONS = 150_000, 200, 512, 10
+"""Bytes of an image on the web; bytes of a caption with its URL; numbers of its CLIP vector; words of a caption."""
 
 
 class Cluster(Section):
@@ -36,6 +43,8 @@ class Cluster(Section):
     """Of a GPU."""
     tflops: Quantity
     """That a GPU reaches in the models, in the training precision: a third of its data sheet's is usual."""
+    float32_tflops: Quantity | None = None
+    """The same in float32, in which all but training runs; when empty, an eighth of those in bf16."""
     network_gbit: Quantity = 10.0
     """Of a node, to the store and to the web."""
     captions_per_second: Quantity = 5_000.0
@@ -52,12 +61,14 @@ class Cluster(Section):
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of stage: seconds on the whole cluster, GiB that cross the network, and what limits it."""
+    """One kind of stage: seconds on the whole cluster, GiB that cross the network, what limits it, and the GiB that it
+    takes of a GPU (None: it needs none, or they are not counted)."""
 
     kind: str
     seconds: float
     gib: float
     limit: str
+    device_gib: float | None
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -79,70 +90,124 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
     batch = plan.batch
     training, retrieval, evaluation = batch.training, batch.retrieval, batch.evaluation
     method = METHODS[training.method]
-    model = model_size(batch.base_path, method.name, train_text_encoder=training.train_text_encoder)
-    gpus = cluster.nodes * cluster.devices
+    model = model_size(
+        batch.base_path,
+        method.name,
+        train_text_encoder=training.train_text_encoder,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    nodes = cluster.nodes
+    gpus = nodes * cluster.devices
     speed = cluster.tflops * 1e12
-    network = cluster.nodes * cluster.network_gbit / 8 * 1e9
+    half = training_dtype(training.precision, cuda=True) == torch.bfloat16
+    float32 = (cluster.float32_tflops or cluster.tflops / (8 if half else 1)) * 1e12
+    node = cluster.network_gbit / 8 * 1e9
+    cores = cluster.cpu_gflops * 1e9
     packed = pack_size(plan, Device(cluster.memory_gib * 2**30, cuda=True))
     # concepts come in whole numbers to a GPU
     rounds = math.ceil(concepts / gpus)
     regularized = training.regularization != "none"
     samples = training.batch_size * (2 if regularized else 1)
     steps = training.steps or method.steps
+    whole = 4 * model.parameters
     phases: list[Phase] = []
 
-    def phase(kind: str, moved: float, **seconds: float) -> None:
-        """seconds: what limits it -> how long that alone would take."""
-        seconds["network"] = moved / network
+    def phase(kind: str, *moved: tuple[float, int], memory: float | None = None, **seconds: float) -> None:
+        """moved: bytes, and how many nodes' network they cross. memory: bytes of a GPU.
+        seconds: what limits it -> how long that alone would take."""
+        seconds["network"] = sum(size / (count * node) for size, count in moved)
         limit = max(seconds, key=lambda name: seconds[name])
-        phases.append(Phase(kind, seconds[limit], moved / 2**30, limit))
+        gib = None if memory is None else memory / 2**30
+        phases.append(Phase(kind, seconds[limit], sum(size for size, _ in moved) / 2**30, limit, gib))
 
     if training.regularization == "real":
-        width = 512  # of the index's vectors, half precision
-        index = captions * width * 2
-        phase("index", captions * 200 + index, GPUs=captions / (gpus * cluster.captions_per_second))
+        index = captions * (ROW + VECTOR * 2)  # half precision
+        encoding = captions / (gpus * cluster.captions_per_second)
+        # all nodes read captions and send vectors in float32 to one, which writes the index
+        phase("index", (captions * ROW, nodes), (captions * (ROW + VECTOR * 4) + index, 1), GPUs=encoding)
         # all the classes whose hits fit in memory are multiplied with each block that is read
         depth = 4 * round(retrieval.images * retrieval.oversample)
         scans = math.ceil(concepts / max(1, HITS_AT_ONCE // depth))
-        cores = cluster.nodes * cluster.cpu_gflops * 1e9
         phase(
             "candidates",
-            0,
-            disks=scans * index / 2**30 / (cluster.nodes * cluster.scan_gib_per_second),
-            CPUs=2 * concepts * captions * width / cores,
+            (nodes * index, nodes),
+            disks=scans * captions * VECTOR * 2 / 2**30 / (nodes * cluster.scan_gib_per_second),
+            CPUs=2 * concepts * captions * VECTOR / (nodes * cores),
         )
         tried = concepts * retrieval.images / (1 - cluster.dead_links)
-        phase("regularization", tried * 150_000, downloads=tried / (cluster.nodes * cluster.downloads_per_second))
+        sets = concepts * retrieval.images * IMAGE
+        # from the web, and into the store
+        phase("regularization", (2 * sets, nodes), downloads=tried / (nodes * cluster.downloads_per_second))
+    drawing = evaluation.steps * 2 * model.unet_flops + model.vae_flops
+    image = 3 * model.pixels**2
     if training.regularization == "generated":
-        passes = rounds * retrieval.images * evaluation.steps * 2
-        moved = concepts * retrieval.images * 3 * model.pixels**2
-        phase("generated", moved, GPUs=passes * model.unet_flops / speed)
+        sets = concepts * retrieval.images * image
+        phase("generated", (sets, nodes), memory=whole, GPUs=rounds * retrieval.images * drawing / float32)
     views = 5 * (training.views if training.augment else 1) + (retrieval.images if regularized else 0)
     latents = 4 * model.latent_numbers * views
-    phase("features", concepts * latents, GPUs=rounds * views * model.vae_flops / speed)
+    phase(
+        "features",
+        (concepts * latents + (sets if regularized else 0), nodes),
+        memory=whole,
+        GPUs=rounds * views * model.vae_flops / float32,
+    )
     weights = 4 * model.trained
     phase(
         "train",
-        concepts * (latents + weights) + gpus * 4 * model.parameters,
+        (concepts * (latents + weights) + min(concepts, gpus) * whole, nodes),
+        memory=pack_bytes(plan, min(packed, rounds), cuda=True),
         GPUs=rounds * steps * samples * (2 + model.trained_share) * model.unet_flops / speed,
     )
-    rows = concepts * CONSTRAINT_ROWS
-    width = model.text_width
-    constraint = CONSTRAINT_ROWS * (width + model.trained // width) * 4
-    # sums: rows of width d against all output features; the solution: one system of size d
-    merging = 2 * rows * (width**2 + model.trained) + 2 * width**3 + 2 * width * model.trained
-    # float64, on one node
-    phase("merge", concepts * (weights + constraint), CPUs=merging / (cluster.cpu_gflops * 1e9 / 2))
-    drawn = concepts * len(evaluation.prompts) * evaluation.samples
-    each = evaluation.steps * 2 * model.unet_flops + model.vae_flops
-    phase("evaluate", drawn * 3 * 3 * model.pixels**2, GPUs=math.ceil(drawn / gpus) * 4 * each / speed)
+    if method.unet == "text_kv" and concepts > 1:
+        _add_merge(phase, plan, cluster, concepts, model.trained, model.text_width)
+    models = 4 if method.unet == "text_kv" else 3
+    drawn = len(evaluation.prompts) * evaluation.samples
+    # a task for each concept and model; its own weights, and on each node the merged model
+    phase(
+        "evaluate",
+        (concepts * (models * drawn * image + weights) + nodes * weights, nodes),
+        memory=whole,
+        GPUs=math.ceil(concepts * models / gpus) * drawn * drawing / float32,
+    )
+    phase("release", (concepts * models * drawn * image, 1))
     return phases, packed
+
+
+def _add_merge(
+    phase: Callable[..., None], plan: Plan, cluster: Cluster, concepts: int, trained: int, width: int
+) -> None:
+    """constraints, sums and merge, in float64 on CPU cores; the merge on one node."""
+    cores = cluster.cpu_gflops * 1e9 / 2
+    rows, outputs = concepts * CONSTRAINT_ROWS, trained // width
+    constraints = rows * (width + outputs) * 8
+    moved = concepts * 4 * trained + constraints
+    phase("constraints", (moved, cluster.nodes), CPUs=2 * rows * trained / (cluster.nodes * cores))
+    read = constraints
+    if rows > width or plan.batch.merge.form == "soft":
+        parts = math.ceil(concepts / SUMMED)
+        sums = parts * 8 * (width**2 + trained)
+        busy = min(parts, cluster.nodes)
+        phase("sums", (constraints + sums, busy), CPUs=2 * rows * (width**2 + trained) / (busy * cores))
+        read += sums
+    rank = min(rows, width)
+    regularization = plan.batch.merge.captions * POSITIONS
+    gram = 2 * regularization * width**2 + 2 * width**3
+    # two models, exact and in float16, are measured on all constraints and regularisation rows
+    measuring = 2 * 2 * (rows + regularization) * rank * (width + outputs) + 2 * 2 * regularization * trained
+    phase(
+        "merge",
+        (read, 1),
+        CPUs=(gram + 2 * rank * width * (width + outputs) + measuring) / cores,
+        disks=3 * constraints / 2**30 / cluster.scan_gib_per_second,
+    )
 
 
 def describe(phases: list[Phase], packed: int) -> list[str]:
     """The prediction as a table, with what takes longest named."""
-    lines = [f"{'stage':15} {'time':>10} {'moved, GiB':>12}  limited by"]
-    lines += [f"{p.kind:15} {duration(p.seconds):>10} {p.gib:12,.1f}  {p.limit}" for p in phases]
+    lines = [f"{'stage':15} {'time':>10} {'moved, GiB':>12} {'GiB of a GPU':>13}  limited by"]
+    for p in phases:
+        memory = "" if p.device_gib is None else f"{p.device_gib:.1f}"
+        lines.append(f"{p.kind:15} {duration(p.seconds):>10} {p.gib:12,.1f} {memory:>13}  {p.limit}")
     longest = max(phases, key=lambda p: p.seconds)
     total = sum(p.seconds for p in phases)
     lines.append(f"{'all':15} {duration(total):>10} {sum(p.gib for p in phases):12,.1f}")

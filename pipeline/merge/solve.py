@@ -142,7 +142,8 @@ def damped_gram(regularization: torch.Tensor, damping: float) -> tuple[torch.Ten
     """G = C_reg^T C_reg (d, d) with `damping` times its mean diagonal added, and that mean before damping."""
     gram = regularization.T @ regularization
     scale = gram.diagonal().mean()
-    return gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype), scale
+    gram.diagonal().add_(damping * scale)
+    return gram, scale
 
 
 def merge(

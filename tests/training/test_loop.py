@@ -204,20 +204,50 @@ def test_packed_is_alone(backbone, same_weights, concepts, settings, tmp_path, c
         same_weights(together, alone)
 
 
-def test_a_diverged_member_leaves_the_others_alone(backbone, same_weights, concepts, settings, tmp_path):
+@pytest.mark.parametrize("good", [0, 2])
+def test_a_diverged_member_leaves_the_others_alone(backbone, same_weights, concepts, settings, tmp_path, good):
+    """From its first step, or after some good ones."""
     members = _members(concepts, settings, tmp_path, 3)
     features = members[1].concepts[0].features
-    broken = dataclasses.replace(features, latents=features.latents * float("inf"))
-    members[1] = dataclasses.replace(
-        members[1], concepts=[dataclasses.replace(members[1].concepts[0], features=broken)]
-    )
-    ends = {member.concepts[0].name: result for member, result in train(backbone, members)}
-    assert isinstance(ends["c1"], TrainingDiverged) and "c1: the loss became nan at step 1" in str(ends["c1"])
+    own = dataclasses.replace(features, latents=features.latents.clone())
+    members[1] = dataclasses.replace(members[1], concepts=[dataclasses.replace(members[1].concepts[0], features=own)])
+
+    def break_it(member: Member, step: int, loss: float = 0.0) -> None:
+        if member is members[1] and step == good:
+            own.latents.fill_(float("inf"))
+
+    break_it(members[1], 0)
+    ends = {member.concepts[0].name: result for member, result in train(backbone, members, progress=break_it)}
+    assert isinstance(ends["c1"], TrainingDiverged)
+    assert f"c1: the loss became nan at step {good + 1}" in str(ends["c1"])
     for member in (members[0], members[2]):
         alone = train_alone(
             backbone, member.concepts, member.settings, scratch=tmp_path / "alone" / member.scratch.name
         )
         same_weights(ends[member.concepts[0].name], alone)
+
+
+def test_packed_is_alone_with_8_bit_adam(backbone, same_weights, concepts, settings, tmp_path):
+    members = _members(concepts, dataclasses.replace(settings, optimizer="adamw8bit"), tmp_path)
+    for member, together in list(train(backbone, members)):
+        alone = train_alone(
+            backbone, member.concepts, member.settings, scratch=tmp_path / "alone" / member.scratch.name
+        )
+        same_weights(together, alone)
+
+
+def test_gradient_checkpointing_changes_no_weights(backbone, same_weights, concepts, settings, tmp_path):
+    """Alone and in a pack."""
+    kept = [w for _, w in train(backbone, _members(concepts, settings, tmp_path / "kept"))]
+    backbone.unet.enable_gradient_checkpointing()
+    try:
+        packed = [w for _, w in train(backbone, _members(concepts, settings, tmp_path / "packed"))]
+        first = _members(concepts, settings, tmp_path / "alone")[0]
+        alone = train_alone(backbone, first.concepts, first.settings, scratch=first.scratch)
+    finally:
+        backbone.unet.disable_gradient_checkpointing()
+    for a, b in ((packed[0], kept[0]), (packed[1], kept[1]), (alone, kept[0])):
+        same_weights(a, b)
 
 
 def test_a_member_goes_on_in_another_pack(backbone, same_weights, concepts, settings, tmp_path):
