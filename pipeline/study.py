@@ -239,6 +239,14 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
             if stage.name not in real:
                 images = [image for image, _ in regularization_set(store.path(stage.kind, stage.key))]
                 real[stage.name] = _directions(tower.features(images))
+    seen: dict[str, np.ndarray] = {}
+
+    def features(stage: Stage) -> np.ndarray:
+        """Of its images; tables share evaluations."""
+        if stage.key not in seen:
+            seen[stage.key] = tower.features(_images(stage, store))
+        return seen[stage.key]
+
     frames, summaries = [], []
     for (table, variant), group in _grouped([*_bases(made), *made]):
         scores = pd.concat([_scores(case, concept, store) for case in group for concept in case.stages])
@@ -252,12 +260,12 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
         for concept in dict.fromkeys(concept for case in group for concept in case.stages):
             own = [case.stages[concept] for case in group if concept in case.stages]
             if concept in real:
-                drawn = np.concatenate([_directions(tower.features(_images(s["class"], store))) for s in own])
+                drawn = np.concatenate([_directions(features(s["class"])) for s in own])
                 distances.append(kid(drawn, real[concept], resamples=100))
             for stages in own:
                 prompts = _table(stages["tuned"], store)["prompt"].tolist()
                 if len(prompts) > len(set(prompts)):
-                    spreads += diversity(tower.features(_images(stages["tuned"], store)), prompts).values()
+                    spreads += diversity(features(stages["tuned"]), prompts).values()
         if distances:
             found["kid"] = _average(distances, 1000.0)
         if spreads:

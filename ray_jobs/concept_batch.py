@@ -326,7 +326,8 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
         print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
         ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
     plan_of = {stage.key: plan for plan in plans for stage in plan}
-    todo = list({stage.key: stage for plan in plans for stage in plan.todo(store)}.values())
+    asked = {stage.key: stage for plan in plans for stage in plan}  # each once: plans share many
+    todo = [stage for stage in asked.values() if not store.has(stage.kind, stage.key)]
     jobs: list[tuple[Stage, ...]] = []
     for kind in VERSIONS:  # a kind reads only kinds before it
         same = [stage for stage in todo if stage.kind == kind]
@@ -380,10 +381,8 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
             )
             .remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
         )
-        if kind in (
-            "features",
-            "train",
-        ):  # one that is lost is not to sink a pack that waits for many, nor what waits for a pack
+        # one that is lost is not to sink a pack that waits for many, nor what waits for a pack
+        if kind in ("features", "train"):
             ref = board.ended.remote([stage.key for stage in stages], [ref])
         outcomes |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []

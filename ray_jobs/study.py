@@ -19,10 +19,10 @@ def run_study(path: Path) -> Path:
     study = load_study(path)
     made = list(cases(study, path))
     store = Store(study.store.replace("{name}", study.name))
-    plans = [case.plan for case in made]
-    if any(plan.todo(store) for plan in plans):
+    stages = {stage.key: stage for case in made for stage in case.plan}
+    if not all(store.has(stage.kind, stage.key) for stage in stages.values()):
         with ray_session():
-            if failed := run_stages(plans, store):
+            if failed := run_stages([case.plan for case in made], store):
                 raise StageFailed("\n".join(failed))
     folder = Path(study.output)
     write_study(study, made, store, load_backbone(base_path(made[0].plan.batch.base)), folder)
