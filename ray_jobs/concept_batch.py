@@ -212,7 +212,8 @@ def _commit() -> str | None:
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
-    """The cluster this process belongs to, or one started here and stopped afterwards."""
+    """The cluster this process belongs to, or one started here and stopped afterwards. Raises: OSError when there is
+    neither."""
     os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
     if ray.is_initialized():
         yield
@@ -220,7 +221,11 @@ def ray_session() -> Iterator[None]:
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     # "local": without it Ray also takes up a cluster that someone once started on this machine
     options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
-    ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
+        place = f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
+        raise OSError(f"{place}: {error}") from error
     try:
         yield
     finally:

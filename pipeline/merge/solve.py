@@ -140,7 +140,11 @@ class Sums:
 
 def damped_gram(regularization: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """G = C_reg^T C_reg (d, d) with `damping` times its mean diagonal added, and that mean before damping."""
-    gram = regularization.T @ regularization
+    width, block = regularization.shape[1], 192
+    gram = regularization.new_empty(width, width)
+    for i in range(0, width, block):  # the lower half: PyTorch has no product that knows it is symmetric
+        gram[i:, i : i + block] = regularization[:, i:].T @ regularization[:, i : i + block]
+    gram = gram.tril() + gram.tril(-1).T
     scale = gram.diagonal().mean()
     gram.diagonal().add_(damping * scale)
     return gram, scale
@@ -222,7 +226,7 @@ def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[M
         raise Dependent(_too_many(s, constraints, width))
     d = torch.cholesky_solve(C.T, gram_factor(gram)).T  # C G^-1, (s, d)
     system = d @ C.T  # (s, s), symmetric positive definite where the rows are independent
-    condition = float(torch.linalg.cond(system))
+    condition = _condition(system)
     if not condition < INDEPENDENT:
         raise Dependent(
             f"the constraint rows of {', '.join(c.name for c in constraints)} are not independent "
@@ -232,6 +236,12 @@ def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[M
     right = torch.cholesky_solve(d, torch.linalg.cholesky(system))
     left = {layer: torch.cat([c.changes[layer] for c in constraints]).T for layer in constraints[0].changes}
     return MergedModel(left, {SHARED: right}, {}), condition
+
+
+def _condition(system: torch.Tensor) -> float:
+    """Of a symmetric matrix; infinite where it is not positive definite, but for rounding."""
+    values = torch.linalg.eigvalsh(system)
+    return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
 
 
 def _too_many(rows: int, concepts: Sequence[object], width: int) -> str:
@@ -273,7 +283,7 @@ def solve_soft(sums: Sums, gram: torch.Tensor, mu: float | torch.Tensor) -> tupl
     basis = vectors[:, values > values[-1] * 1e-14][:, -sums.rows :]  # of the rows' span: (d, r), r at most s
     right = torch.cholesky_solve(basis, _factor(system)).T
     left = {layer: mu * (basis.T @ cross).T for layer, cross in sums.cross.items()}
-    return MergedModel(left, {SHARED: right}, {}), float(torch.linalg.cond(system))
+    return MergedModel(left, {SHARED: right}, {}), _condition(system)
 
 
 def report(

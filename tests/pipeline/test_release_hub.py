@@ -1,6 +1,5 @@
 """Releases on the Hugging Face hub, by the real client against a local stand-in for its HTTP API."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +20,9 @@ def hub():
 
 
 def push(release: str, repository: str, hub: Hub, token: str = Hub.token) -> tuple[int, str]:
-    """The command, in a process of its own: the client reads its endpoint when it is imported."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    """The command, in a process of its own."""
     command = [sys.executable, *PUSH, release, f"hf://{repository}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    done = subprocess.run(command, capture_output=True, text=True, env=hub.environment | {"HF_TOKEN": token})
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
 

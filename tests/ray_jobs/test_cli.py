@@ -22,6 +22,7 @@ from PIL import Image
 from pipeline.miniature.world import concept_images
 from pipeline.spec import MINIATURE
 from ray_jobs import cli
+from ray_jobs.concept_batch import ray_session
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
 
@@ -188,6 +189,19 @@ def test_whatever_fails_is_not_taken_for_a_release(batch, capsys, monkeypatch, e
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and str(error) in err
     assert ("Traceback" in err) == isinstance(error, RuntimeError)
+
+
+def test_ray_that_does_not_start(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(OSError, match="Ray did not start: no room"), ray_session():
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(OSError, match="the cluster at head:6379 could not be joined: no room"), ray_session():
+        pass
 
 
 def test_a_storage_without_a_key(tmp_path, capsys, monkeypatch):

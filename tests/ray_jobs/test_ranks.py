@@ -47,15 +47,20 @@ def _training(tmp_path, **training) -> list[Stage]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
-def test_ranks_of_ray_train(tmp_path, same_weights, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "own"), [("ddp", {}), ("deepspeed", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})]
+)
+def test_ranks_of_ray_train(tmp_path, same_weights, strategy, own):
+    """own: `zero_optimization` of a DeepSpeed configuration that is given whole."""
     features, alone = _training(tmp_path, steps=6)
     store = Store(str(tmp_path / "alone"))
     run_stage(features, store, lambda *_: None)
     assert train_pack([alone], store, lambda *_: None) == {}
 
-    features, stage = _training(tmp_path, steps=6, strategy=strategy, ranks=2)
-    assert stage.key == alone.key  # the same weights, however they are made
+    (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": own}))
+    deepspeed = {"config": str(tmp_path / "config.json")} if own else {}
+    features, stage = _training(tmp_path, steps=6, strategy=strategy, ranks=2, deepspeed=deepspeed)
+    assert (stage.key == alone.key) != bool(own)  # the same weights, however they are made; but who knows of the user's
     shared = Store(str(tmp_path / "shared"))
     run_stage(features, shared, lambda *_: None)
     with ray_session():
@@ -65,8 +70,21 @@ def test_ranks_of_ray_train(tmp_path, same_weights, strategy):
             killed.start()
         assert train_on_ranks(stage, shared, board, cpus=1, gpus=False) == {}
         assert ray.get(board.get.remote())[stage.key] == ("steps", 6, 6)
-    made = [ConceptWeights.load(s.path("train", stage.key) / "weights.safetensors") for s in (store, shared)]
-    same_weights(*made)
+    places = store.path("train", alone.key), shared.path("train", stage.key)
+    same_weights(*(ConceptWeights.load(place / "weights.safetensors") for place in places))
+
+
+@pytest.mark.slow
+def test_what_a_rank_finds_wrong_is_said(tmp_path):
+    """And not what Ray Train makes of it."""
+    features, stage = _training(tmp_path, steps=6, strategy="ddp", ranks=2)
+    store = Store(str(tmp_path / "store"))
+    path = run_stage(features, store, lambda *_: None) / "concept.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with ray_session():
+        board = ray.remote(Board).options(num_cpus=0).remote()
+        with pytest.raises((ValueError, OSError), match=r"concept\.safetensors"):
+            train_on_ranks(stage, store, board, cpus=1, gpus=False)
 
 
 def _kill_a_rank(checkpoint) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import command
 import pytest
 import yaml
+from hub import Hub
 
 from pipeline.miniature.world import concept_images
 from pipeline.release import publish
@@ -131,6 +132,15 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
         patch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
         assert run("retrain", "retrain.yaml", capsys=capsys)[0] == 3
     assert list((releases / "candidates").iterdir()) == [candidate]
+    # a release that the hub has missed goes there all the same
+    settings = yaml.safe_load((tmp_path / "retrain.yaml").read_text())
+    settings["publish"]["hub"] = "ours/concepts"
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(settings))
+    hub = Hub()
+    command = [sys.executable, "-m", "ray_jobs.retrain", "hub.yaml"]
+    done = subprocess.run(command, env=hub.environment, capture_output=True, text=True, timeout=120)
+    hub.shutdown()
+    assert done.returncode == 3 and hub.repositories["ours/concepts"].commits == ["Release v0002"], done.stderr
 
     # 5: the concept is mended, but people want the first release back: it stays until something changes
     (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\n")
