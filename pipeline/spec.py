@@ -191,7 +191,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     compile: bool = False
-    """torch.compile the UNet: minutes at the start, faster steps."""
+    """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
     seed: int = Field(0, ge=0)
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None

@@ -226,15 +226,13 @@ def train_pack(
         backbone.unet.enable_gradient_checkpointing()
     else:
         backbone.unet.disable_gradient_checkpointing()
-    backbone.unet._compiled_call_impl = None
-    if places["compile"]:
-        backbone.unet.compile()
     members = [_member(stage, store) for stage in todo]
     stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
 
     def sample(member: Member, path: Path, step: int) -> None:
         prompts = [member.settings.prompt.format(c.phrase) for c in member.concepts for _ in range(4)]
-        images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
+        with torch.compiler.set_stance("force_eager"):  # of other shapes
+            images = draw(backbone, prompts, seeds=list(range(len(prompts))), steps=20, guidance=3.0)
         rows = [images[i : i + 4] for i in range(0, len(images), 4)]
         if strategy.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,28 +244,28 @@ def train_pack(
 
     failures = {}
     seconds, since, active = 0.0, time.time(), len(members)
-    for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
-        stage = stage_of[id(member)]
-        now = time.time()
-        seconds += (now - since) / active  # its part of the pack's
-        since, active = now, active - 1
-        if isinstance(result, TrainingDiverged):
-            failures[stage.key] = str(result)
-            continue
-        if strategy.rank:
-            continue  # the first rank writes
-        description = {"name": stage.name, "params": stage.params, "seconds": round(seconds, 3)}
-        try:
-            with store.create(stage.kind, stage.key, description) as out:
-                result.save(out / "weights.safetensors")
-                if (member.scratch / "tensorboard").exists():
-                    shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
-                for path in sorted(member.scratch.glob("samples-*.png")):
-                    shutil.copy(path, out)
-        except OSError:
-            if not store.has(stage.kind, stage.key):  # else another run was first, and removed the scratch folder
-                raise
-    backbone.unet._compiled_call_impl = None  # drawing asks for many other shapes
+    with backbone.compiled() if places["compile"] else contextlib.nullcontext():
+        for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
+            stage = stage_of[id(member)]
+            now = time.time()
+            seconds += (now - since) / active  # its part of the pack's
+            since, active = now, active - 1
+            if isinstance(result, TrainingDiverged):
+                failures[stage.key] = str(result)
+                continue
+            if strategy.rank:
+                continue  # the first rank writes
+            description = {"name": stage.name, "params": stage.params, "seconds": round(seconds, 3)}
+            try:
+                with store.create(stage.kind, stage.key, description) as out:
+                    result.save(out / "weights.safetensors")
+                    if (member.scratch / "tensorboard").exists():
+                        shutil.copytree(member.scratch / "tensorboard", out / "tensorboard")
+                    for path in sorted(member.scratch.glob("samples-*.png")):
+                        shutil.copy(path, out)
+            except OSError:
+                if not store.has(stage.kind, stage.key):  # else another run was first, and removed the scratch folder
+                    raise
     return failures
 
 

@@ -201,6 +201,17 @@ class Backbone:
         return self.unet(latents, timesteps, text.hidden, added_cond_kwargs=added).sample
 
     @contextlib.contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Inside the block the UNet's transformer blocks are compiled, each shape of them once when it is first called:
+        half a minute where all of the UNet takes many (diffusers' regional compilation)."""
+        self.unet.compile_repeated_blocks()
+        try:
+            yield
+        finally:
+            for module in self.unet.modules():
+                module._compiled_call_impl = None
+
+    @contextlib.contextmanager
     def changed(self, deltas: dict[str, torch.Tensor], tokens: dict[str, list[torch.Tensor]]) -> Iterator[None]:
         """Inside the block the parameters hold W_0 + delta and the tokenizers know the tokens.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from training.backbone import Backbone, TokenRows
 from training.features import ConceptFeatures
@@ -248,6 +251,21 @@ def test_gradient_checkpointing_changes_no_weights(backbone, same_weights, conce
         backbone.unet.disable_gradient_checkpointing()
     for a, b in ((packed[0], kept[0]), (packed[1], kept[1]), (alone, kept[0])):
         same_weights(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="PyTorch compiles with a C++ compiler")
+def test_compiling_changes_no_weights(backbone, same_weights, concepts, settings, tmp_path):
+    """In a pack that gets smaller."""
+    plain = [w for _, w in train(backbone, _members(concepts, settings, tmp_path / "plain"))]
+    counters.clear()
+    with backbone.compiled():
+        compiled = [w for _, w in train(backbone, _members(concepts, settings, tmp_path / "compiled"))]
+    for a, b in zip(compiled, plain, strict=True):
+        same_weights(a, b)
+    blocks = [m for m in backbone.unet.modules() if isinstance(m, BasicTransformerBlock)]
+    assert counters["stats"]["calls_captured"] and not counters["graph_break"]
+    assert not any(block._compiled_call_impl for block in blocks)
 
 
 def test_a_member_goes_on_in_another_pack(backbone, same_weights, concepts, settings, tmp_path):

@@ -137,6 +137,13 @@ def test_bfloat16_keeps_float32_weights(concepts, settings, tmp_path):
     weights = _train(backbone, member)
     assert all(delta.dtype == torch.float32 and delta.any() for delta in weights.deltas.values())
     assert {p.dtype for p in backbone.unet.parameters()} == {torch.bfloat16}
+    # and a pack's members are what they are alone
+    settings = dataclasses.replace(settings, steps=3)
+    members = [Member([concept], settings, tmp_path / concept.name) for concept in concepts]
+    for member, packed in list(train(backbone, members)):
+        alone = _train(backbone, dataclasses.replace(member, scratch=tmp_path / f"{member.scratch.name}-alone"))
+        for name, delta in alone.deltas.items():
+            assert delta.any() and (packed.deltas[name] - delta).norm() < 0.01 * delta.norm()
 
 
 # --- tokens ----------------------------------------------------------------------------------------------
