@@ -18,6 +18,7 @@ from pipeline.plan import Plan, Stage, make_plan
 from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
+from ray_jobs import ranks
 from ray_jobs.concept_batch import Board, check_devices, ray_session
 from ray_jobs.ranks import train_on_ranks
 from training.strategies import deepspeed_config
@@ -46,11 +47,17 @@ def _training(tmp_path, **training) -> list[Stage]:
     return [*plan.of("features"), *plan.of("train")]
 
 
+@pytest.fixture(scope="module")
+def board():
+    with ray_session():
+        yield ray.remote(Board).options(num_cpus=0).remote()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "own"), [("ddp", {}), ("deepspeed", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})]
 )
-def test_ranks_of_ray_train(tmp_path, same_weights, strategy, own):
+def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     """own: `zero_optimization` of a DeepSpeed configuration that is given whole."""
     features, alone = _training(tmp_path, steps=6)
     store = Store(str(tmp_path / "alone"))
@@ -63,28 +70,25 @@ def test_ranks_of_ray_train(tmp_path, same_weights, strategy, own):
     assert (stage.key == alone.key) != bool(own)  # the same weights, however they are made; but who knows of the user's
     shared = Store(str(tmp_path / "shared"))
     run_stage(features, shared, lambda *_: None)
-    with ray_session():
-        board = ray.remote(Board).options(num_cpus=0).remote()
-        killed = threading.Thread(target=_kill_a_rank, args=(shared.scratch(stage.key) / "checkpoint.safetensors",))
-        if strategy == "ddp":
-            killed.start()
-        assert train_on_ranks(stage, shared, board, cpus=1, gpus=False) == {}
-        assert ray.get(board.get.remote())[stage.key] == ("steps", 6, 6)
+    killed = threading.Thread(target=_kill_a_rank, args=(shared.scratch(stage.key) / "checkpoint.safetensors",))
+    if strategy == "ddp":
+        killed.start()
+    assert train_on_ranks(stage, shared, board, cpus=1, gpus=False) == {}
+    assert ray.get(board.get.remote())[stage.key] == ("steps", 6, 6)
     places = store.path("train", alone.key), shared.path("train", stage.key)
     same_weights(*(ConceptWeights.load(place / "weights.safetensors") for place in places))
 
 
 @pytest.mark.slow
-def test_what_a_rank_finds_wrong_is_said(tmp_path):
+def test_what_a_rank_finds_wrong_is_said(tmp_path, board, monkeypatch):
     """And not what Ray Train makes of it."""
+    monkeypatch.setattr(ranks, "RESTARTS", 0)
     features, stage = _training(tmp_path, steps=6, strategy="ddp", ranks=2)
     store = Store(str(tmp_path / "store"))
     path = run_stage(features, store, lambda *_: None) / "concept.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with ray_session():
-        board = ray.remote(Board).options(num_cpus=0).remote()
-        with pytest.raises((ValueError, OSError), match=r"concept\.safetensors"):
-            train_on_ranks(stage, store, board, cpus=1, gpus=False)
+    with pytest.raises((ValueError, OSError), match=r"concept\.safetensors"):
+        train_on_ranks(stage, store, board, cpus=1, gpus=False)
 
 
 def _kill_a_rank(checkpoint) -> None:
