@@ -33,7 +33,7 @@ VERSIONS = {
     "train": 3,
     "constraints": 1,
     "sums": 1,
-    "merge": 3,
+    "merge": 4,
     "released": 1,
     "evaluate": 3,
     "compose": 1,

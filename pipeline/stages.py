@@ -24,7 +24,7 @@ from PIL import Image
 from pipeline.evaluation.alignment import Judges, scores
 from pipeline.evaluation.composition import appearance
 from pipeline.evaluation.networks import clip_tower, identity_judge
-from pipeline.merge.compress import in_half, shared_factors, truncated_factors, weighted_factors
+from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
     Constraint,
     constraint_of,
@@ -323,7 +323,7 @@ def _constraints(work: Work) -> Iterator[Constraint]:
 
 
 def merge_concepts(work: Work) -> None:
-    """`full.safetensors`: the exact factors; `merged.safetensors`: float16, within the budget; `report.json`.
+    """`full.safetensors`: the exact factors; `merged.safetensors`: rounded, within the budget; `report.json`.
 
     Without constraints there is nothing to solve or to factor: see `_keep`.
     """
@@ -363,7 +363,8 @@ def merge_concepts(work: Work) -> None:
     full = dataclasses.replace(full, tokens=tokens, metadata=metadata)
     small, error = full, 0.0
     if SHARED in full.right and (budget["max_rank"] or budget["max_bytes"]):
-        per_rank = 2 * (full.right[SHARED].shape[1] + sum(len(left) for left in full.left.values()))
+        # float32 and float16, see `rounded`
+        per_rank = 4 * full.right[SHARED].shape[1] + 2 * sum(len(left) for left in full.left.values())
         rank = min(budget["max_rank"] or solved.rows, (budget["max_bytes"] or 2**62) // per_rank)
         if not rank:
             raise ValueError(f"compress.max_bytes {budget['max_bytes']}: one rank costs {per_rank} bytes")
@@ -374,7 +375,7 @@ def merge_concepts(work: Work) -> None:
         # full-rank factors are larger than the matrices: a single set is always cut, to the paper's fifth by default
         most = budget["max_bytes"] or (None if budget["max_rank"] else described[0]["nbytes"] // 5)
         small, error = weighted_factors(full.deltas, gram, max_rank=budget["max_rank"], max_bytes=most)
-    small = in_half(dataclasses.replace(small, tokens=tokens, metadata=metadata))
+    small = rounded(dataclasses.replace(small, tokens=tokens, metadata=metadata))
     final = report(small, _constraints(work), rows, base)
     full.save(work.out / "full.safetensors")
     small.save(work.out / "merged.safetensors")

@@ -282,11 +282,11 @@ def merge(
         weights or (), captions, base_path(base), form=form, sums=sums, remove=remove or (), out=out
     )
     worst = max(report.residuals.items(), key=lambda item: item[1], default=None)
+    of = " of those added" if sums else ""
     print(
         f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form "
-        f"({report.why}), "
-        f"{out.stat().st_size / 1e6:.2f} MB, {f'worst residual {worst[1]:.1e} ({worst[0]}), ' if worst else ''}"
-        f"drift {report.drift:.3f}"
+        f"({report.why}), {out.stat().st_size / 1e6:.2f} MB, "
+        f"{f'worst residual{of} {worst[1]:.1e} ({worst[0]}), ' if worst else ''}drift {report.drift:.3f}"
     )
 
 

@@ -97,16 +97,18 @@ def shared_factors(model: MergedModel, gram: torch.Tensor, max_rank: int) -> tup
     return MergedModel(dict(zip(model.left, compressed, strict=True)), {SHARED: basis}, model.tokens), error
 
 
-def in_half(model: MergedModel) -> MergedModel:
-    """The factors as float16, so scaled that neither under- nor overflows (tokens stay float32).
+def rounded(model: MergedModel) -> MergedModel:
+    """The factors as they are published: float16, so scaled that neither under- nor overflows, but float32 a right
+    factor that all layers share. Tokens stay as they are.
 
-    A shared right factor is made orthonormal first: the solved one's rows are nearly alike, and what is left of them
-    after cancelling would be mostly rounding (residuals of 7e-2 where these give 5e-3).
+    A shared right factor is made orthonormal first, as the solved one's rows are nearly alike. It is small beside the
+    left ones, and the text features it meets have a large common part that has to cancel: in float16 constraints would
+    be missed by some percent, as they are by any model whose weights are float16.
     """
     left, right = {}, {}
     if SHARED in model.right:
         basis, triangle = torch.linalg.qr(model.right[SHARED].double().T)
-        right[SHARED] = basis.T.half()
+        right[SHARED] = basis.T.float()
         left = {layer: (value.double() @ triangle.T).half() for layer, value in model.left.items()}
     else:
         for layer in model.left:

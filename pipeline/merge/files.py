@@ -15,10 +15,10 @@ from typing import Any, Literal
 import fsspec
 import torch
 
-from pipeline.merge.compress import in_half
+from pipeline.merge.compress import rounded
 from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
-from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums
+from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums, report
 from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
@@ -59,7 +59,8 @@ def merge_files(
     remove: Sequence[Path] = (),
     out: Path,
 ) -> tuple[MergedModel, MergeReport]:
-    """Merge concept weight files over their base; float16 factors, written to `out`.
+    """Merge concept weight files over their base; factors, `rounded`, written to `out`. The report is of these, with
+    residuals of the concepts in `paths`.
 
     Args:
         captions: text file of regularisation captions, one a line.
@@ -99,11 +100,12 @@ def merge_files(
             constraints, rows, weights_of_layers, form=form, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
         )
     metadata = {"base": backbone.digest, "concepts": merged.concepts}
-    model = in_half(dataclasses.replace(model, tokens=merged.tokens, metadata=metadata))
+    model = rounded(dataclasses.replace(model, tokens=merged.tokens, metadata=metadata))
+    written = report(model, constraints, rows, weights_of_layers)
     model.save(out)
     if sums:  # last: until it is written, the same command can be given again
         merged.save(sums, total, backbone)
-    return model, result
+    return model, dataclasses.replace(result, residuals=written.residuals, drift=written.drift)
 
 
 @dataclass(frozen=True)

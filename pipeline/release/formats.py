@@ -5,7 +5,7 @@
 | `merged.safetensors` | this project: the factors, or the whole change, as they are |
 | `pytorch_custom_diffusion_weights.safetensors` | `pipe.unet.load_attn_procs(…, _pipeline=pipe)`: dense W_0 + delta |
 | `<token>.safetensors` | `pipe.load_textual_inversion` |
-| `pytorch_lora_weights.safetensors` | `pipe.load_lora_weights`: the exact factors |
+| `pytorch_lora_weights.safetensors` | `pipe.load_lora_weights`: the factors, float16 |
 | `comfyui/<name>.safetensors`, `comfyui/embeddings/` | ComfyUI, A1111 and kin: the LoRA in kohya's names, the tokens |
 | `unet/`, `text_encoder/` | `from_pretrained(…, unet=…)`: whole parts, where more than text K/V layers changed |
 
@@ -51,7 +51,7 @@ def write_formats(merged: MergedModel, pipe: Pipeline, folder: Path, name: str =
     """Write every format into `folder`, and check each by loading it back over the base.
 
     Args:
-        merged: the factors and token rows; float16 as a rule, written as they come.
+        merged: the factors and token rows.
         pipe: the untouched base, a Stable Diffusion 1.x, 2.x or XL pipeline; as before when this returns.
         name: file name of the LoRA under `comfyui/`.
 
@@ -283,7 +283,8 @@ def _encoders(pipe: Pipeline) -> list[tuple]:
 def write_lora(merged: MergedModel, pipe: Pipeline, folder: Path) -> Path:
     """Write the LoRA that `pipe.load_lora_weights(folder)` takes: lora_B = left (out, r), lora_A = right (r, d).
 
-    The scale is 1 and nothing is lost: a merged model is a LoRA by nature. The right factor is repeated for each layer.
+    The scale is 1 and nothing but digits is lost: a merged model is a LoRA by nature. The right factor is repeated for
+    each layer; float16, as of models that are float16 themselves no more would be left.
     """
     pipe.save_lora_weights(
         folder, unet_lora_layers=_lora_tensors(merged), unet_lora_adapter_metadata=_lora_config(merged)
@@ -348,8 +349,8 @@ def _lora_tensors(merged: MergedModel) -> dict[str, torch.Tensor]:
     for layer in merged.layers:
         left, right = merged.factors(layer)
         # copies: safetensors refuses the right factor shared by all layers
-        tensors[f"{layer}.lora_A.weight"] = right.detach().cpu().contiguous().clone()
-        tensors[f"{layer}.lora_B.weight"] = left.detach().cpu().contiguous().clone()
+        tensors[f"{layer}.lora_A.weight"] = right.detach().cpu().half().contiguous().clone()
+        tensors[f"{layer}.lora_B.weight"] = left.detach().cpu().half().contiguous().clone()
     return tensors
 
 

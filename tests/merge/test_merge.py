@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from pipeline.merge.compress import in_half, shared_factors, truncated_factors, weighted_factors
+from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
     Constraint,
     constraint_of,
@@ -19,7 +23,7 @@ from pipeline.merge.constraints import (
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import merge_files
 from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
-from pipeline.spec import MINIATURE
+from pipeline.spec import MINIATURE, Merge
 from training.weights import ConceptWeights
 
 D, OUTS = 24, {"a.to_k": 16, "a.to_v": 16, "b.to_k": 40}
@@ -244,7 +248,7 @@ def test_half_precision_and_files(problem, tmp_path):
     regularization, base, _, _, constraints = problem
     model, _ = merge(constraints, regularization, base)
     tokens = {"<new1>": [torch.ones(4)], "<a.b>": [torch.zeros(4), torch.ones(2)]}
-    half = in_half(MergedModel(model.left, model.right, tokens, {"base": "x"}))
+    half = rounded(MergedModel(model.left, model.right, tokens, {"base": "x"}))
     half.save(tmp_path / "m.safetensors")
     again = MergedModel.load(tmp_path / "m.safetensors")
     assert again.metadata["base"] == "x" and again.tokens.keys() == tokens.keys()
@@ -282,6 +286,34 @@ def _weights(backbone, name: str, seed: int, *, token: bool = True) -> ConceptWe
     return ConceptWeights(deltas, tokens, {"concepts": described, "base": backbone.digest})
 
 
+def test_rounded_factors_meet_constraints_of_text_features(backbone):
+    """Their large common part, on which concepts change nothing, has to cancel; of weights in float16 it does not."""
+    captions = [f"photo of a {word}" for word in ("cat", "dog", "house", "tree", "car", "bus")]
+    regularization = regularization_rows(backbone, captions)
+    common = regularization.mean(0) / regularization.mean(0).norm()
+    constraints = []
+    for i, (name, size) in enumerate((("a", 1), ("b", 0.3), ("c", 0.1))):
+        weights = _weights(backbone, name, i)
+        deltas = {k: size * (v - (v.double() @ common).outer(common)).float() for k, v in weights.deltas.items()}
+        constraints += constraint_of(backbone, dataclasses.replace(weights, deltas=deltas), ("{}", "photo of a {}"))
+    base = {name: layer.weight.data for name, layer in backbone.layers.items()}
+    for form in ("hard", "soft"):
+        model, _ = merge(constraints, regularization, base, form=form)
+        small = rounded(model)
+        assert max(report(small, constraints, regularization, base).residuals.values()) < 5e-3
+    full = {k: (base[k] + delta).half().double() - base[k] for k, delta in model.deltas.items()}
+    in_weights = MergedModel({k: torch.eye(len(v)) for k, v in full.items()}, full, {})
+    assert max(report(in_weights, constraints, regularization, base).residuals.values()) > 2e-2
+
+
+def test_a_model_that_is_no_number_meets_nothing(problem):
+    regularization, base, _, _, constraints = problem
+    model, _ = merge(constraints, regularization, base)
+    left = model.left | {(layer := model.layers[1]): model.left[layer] * float("nan")}
+    residuals = report(MergedModel(left, model.right, {}), constraints, regularization, base).residuals
+    assert all(math.isnan(value) for value in residuals.values())
+
+
 def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     """With the sums alone, never with the other concepts' files."""
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
@@ -308,6 +340,16 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     for layer in backbone.layers:
         done, wanted = (rows @ model.deltas[layer].double().T for model in (replaced, afresh))
         assert (done - wanted).norm() < 2e-3 * wanted.norm()  # both are float16
+
+    # what is told is told of the file
+    files, out = [tmp_path / "away", b], tmp_path / "m.safetensors"
+    shutil.copy(c, files[0])
+    told = merge_files(files, captions, MINIATURE / "model", form="hard", out=out)[1]
+    constraints = [x for file in files for x in constraint_of(backbone, ConceptWeights.load(file), Merge().prompts)]
+    base = {name: layer.weight.data for name, layer in backbone.layers.items()}
+    rows = regularization_rows(backbone, captions.read_text().splitlines())
+    found = report(MergedModel.load(out), constraints, rows, base)
+    assert (told.residuals, told.drift) == (found.residuals, found.drift) and min(found.residuals.values()) > 1e-5
 
     stamp = (tmp_path / "sums.safetensors").read_bytes()
     for arguments, message in (
