@@ -36,22 +36,28 @@ MINIATURE = Path(__file__).parent / "miniature"
 Positive = Annotated[int, Field(gt=0)]
 
 
-def _one_is_a_list(value: Any) -> Any:
+def one_is_a_list(value: Any) -> Any:
+    """A list of places or prompts, of which a file may name a single one without brackets."""
     return (value,) if isinstance(value, str) else value
+
+
+def is_suite(prompt: str) -> bool:
+    """Whether it names a file of prompts."""
+    return prompt.endswith(".txt") and "{}" not in prompt
 
 
 def _read_suites(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     folder = Path((info.context or {}).get("folder", ""))
     prompts: list[str] = []
     for entry in value:
-        if entry.endswith(".txt") and "{}" not in entry:
+        if is_suite(entry):
             prompts += read_prompts(folder / Path(entry).expanduser())
         else:
             prompts.append(check_prompt(entry))
     return tuple(prompts)
 
 
-Prompts = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list), AfterValidator(_read_suites)]
+Prompts = Annotated[tuple[str, ...], BeforeValidator(one_is_a_list), AfterValidator(_read_suites)]
 """Prompts with `{}` for the concept, and .txt files of such prompts, a line each; relative to the batch file."""
 
 
@@ -73,7 +79,7 @@ class ConceptTraining(Section):
 class Concept(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
-    images: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+    images: Annotated[tuple[str, ...], BeforeValidator(one_is_a_list)]
     """Folder, glob pattern or image files; relative to the batch file."""
     class_word: str = Field(min_length=1)
     """What it is, in the base model's words: `cat`, `wooden pot`."""
@@ -509,13 +515,15 @@ def load_batch(path: str | Path) -> ConceptBatch:
 
 
 def batch_from(data: dict[str, Any], path: Path) -> ConceptBatch:
-    """The batch that a file at `path` would say with such content; see `load_batch`."""
+    """The batch that a file at `path` would say with such content; see `load_batch`. A list of concepts that `data`
+    names takes its name's place there."""
     if isinstance(data.get("concepts"), str):
-        place = path.parent / Path(data["concepts"]).expanduser()
+        listed = Path(data["concepts"]).expanduser()
+        place = path.parent / listed
         entries = _parse(place, "list of concepts (.json)")
         if not isinstance(entries, list):
             raise ValueError(f"{place}: expected a list of concepts, found {type(entries).__name__}")
-        data["concepts"] = _from_concepts_list(place, entries)
+        data["concepts"] = _from_concepts_list(place, entries, listed.parent)
     data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
     batch = _resolve(validated(ConceptBatch, data, path), path.parent)
     concepts = [
@@ -546,7 +554,7 @@ def read_mapping(path: Path, what: str, key: str) -> dict[str, Any]:
     """
     data = _parse(path, what)
     if isinstance(data, list) and key == "concepts":
-        data = {"concepts": _from_concepts_list(path, data)}
+        data = {"concepts": _from_concepts_list(path, data, Path())}
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a mapping with the key {key!r}, found {type(data).__name__}")
     return data
@@ -604,11 +612,11 @@ def _resolve(settings: Asked, folder: Path) -> Asked:
     return settings.model_copy(update=update)
 
 
-def _from_concepts_list(path: Path, entries: list[Any]) -> list[dict[str, Any]]:
+def _from_concepts_list(path: Path, entries: list[Any], folder: Path) -> list[dict[str, Any]]:
     """`[{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": …}, …]`, the form of
     the authors' trainer, of diffusers' `train_custom_diffusion.py` and, with a prompt suite each in `prompt_filename`,
-    of the authors' 101-concept benchmark; `class_data_dir` is not used: regularisation images are retrieved."""
-    folder = path.absolute().parent
+    of the authors' 101-concept benchmark; `class_data_dir` is not used: regularisation images are retrieved.
+    folder: of the list, from the batch file's."""
     concepts: list[dict[str, Any]] = []
     known = {"instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir", "prompt_filename"}
     for i, entry in enumerate(entries):

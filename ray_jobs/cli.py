@@ -107,20 +107,27 @@ def plan(
         Path | None, typer.Option(help="Predict the batch on the cluster that this YAML file describes, instead.")
     ] = None,
     concepts: Annotated[int | None, typer.Option(min=1, help="With --cluster: as if there were so many.")] = None,
-    captions: Annotated[int, typer.Option(min=1, help="With --cluster: rows of the corpus.")] = 1_000_000,
+    captions: Annotated[
+        int | None, typer.Option(min=1, help="With --cluster: rows of the corpus; a million by default.")
+    ] = None,
 ) -> None:
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
     from pipeline.estimate import estimates, pack_bytes, pack_size
     from pipeline.plan import make_plan
     from pipeline.store import Store
 
+    if not cluster and (concepts or captions):
+        raise ValueError(
+            f"--{'concepts' if concepts else 'captions'}: only a prediction takes it; "
+            "name the file that describes the cluster with --cluster"
+        )
     batch = _load(batch_file, output)
     made = make_plan(batch)
     if cluster:
         from pipeline.scaling import describe, load_cluster, predict
 
-        count = concepts or len(batch.concepts)
-        print("\n".join(describe(*predict(made, load_cluster(cluster), concepts=count, captions=captions))))
+        count, rows = concepts or len(batch.concepts), captions or 1_000_000
+        print("\n".join(describe(*predict(made, load_cluster(cluster), concepts=count, captions=rows))))
         return
     store, device = Store(batch.store_url), _this_device()
     cost = estimates(made, cuda=device.cuda)
@@ -177,7 +184,8 @@ def submit(
     output: Output = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
 ) -> None:
-    """Run a batch as a job of a Ray cluster; its folder is sent along. Exit code 1 when the job fails."""
+    """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code 1 when the job
+    fails."""
     from ray_jobs.jobs import follow
     from ray_jobs.jobs import submit as submit_job
 
@@ -207,8 +215,8 @@ def stop(job: Job, address: Address = None) -> None:
     """Stop a job. What it has finished stays in the store; submitted again, the batch goes on from there."""
     from ray_jobs.jobs import stop as stop_job
 
-    stop_job(job, address)
-    print(f"asked {job} to stop")
+    status = stop_job(job, address).status
+    print(f"{job} has ended already: {status.value}" if status.is_terminal() else f"asked {job} to stop")
 
 
 @app.command()
@@ -386,7 +394,8 @@ def _print_summary(figures: dict[str, Any]) -> None:
         values = [
             f"{concept[model][score]:8.3f}" for score in (judge, "text") for model in ("base", "single", "merged")
         ]
-        gain = f"{concept[f'{judge}_gain_merged_se'] or 0:7.1f}"
+        ratio = concept[f"{judge}_gain_merged_se"]
+        gain = f"{'–':>7}" if ratio is None else f"{ratio:7.1f}"
         print(f"{name[:24]:24} {' '.join(values[:3])} {gain} {' '.join(values[3:])}")
     sizes, residuals = figures["bytes"], figures["residuals"]["after"].values()
     print(

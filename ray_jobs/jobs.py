@@ -1,20 +1,25 @@
 """Batches as jobs of a running Ray cluster, through Ray's job client. The project is installed on the cluster's nodes;
-the batch's folder, with the images in it, is sent along."""
+the batch file is sent along, with the images and other files that it names by relative paths."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.spec import load_batch, read_mapping
+from pipeline.spec import batch_from, is_suite, one_is_a_list, read_mapping
+from training.images import list_images
 
 PLACES = (
     "base",
@@ -25,7 +30,10 @@ PLACES = (
     "evaluation.clip",
     "publish.signing_key",
 )
-"""Settings that can name a file, beside concepts' images."""
+"""Settings that can name a file, beside images and prompts."""
+
+LIMIT = 100
+"""MiB of a request to Ray's dashboard, which takes what is sent along as one."""
 
 
 def client(address: str | None) -> JobSubmissionClient:
@@ -44,44 +52,106 @@ def client(address: str | None) -> JobSubmissionClient:
 
 
 def submit(batch_file: Path, address: str | None, output: str | None) -> str:
-    """Check the batch here, then start it there. Returns the job's id.
+    """Check the batch here, then start it there with the files that it names by relative paths. Returns the job's id.
 
-    Raises: ValueError when there is no such cluster, or it does not take the job.
+    Raises: ValueError when a file is named that would not be there, when there is too much to send, when there is no
+        such cluster, or it does not take the job.
     """
-    batch = load_batch(batch_file)
+    written = read_mapping(batch_file, "batch file (.yaml or .json)", "concepts")
+    lists = [written["concepts"]] if isinstance(written.get("concepts"), str) else []
+    batch = batch_from(written, batch_file)
     batch = batch.model_copy(update={"output": output}) if output else batch
     batch.check_places()
+    images, others = _named(written)
     folder = Path(os.path.abspath(batch_file)).parent
-    images = [image for concept in batch.concepts for image in concept.images]
-    for place in images + _relative_places(batch_file):
-        if "://" not in place and not Path(place).is_relative_to(folder):
-            raise ValueError(f"{batch_file}: {place} is not in {folder}: only the batch's own folder is sent along")
+    sent = {place: set(list_images(place)) for place in _sent_places(images, batch_file)}
+    sent |= {place: _files(place) for place in _sent_places([batch_file.name, *lists, *others], batch_file)}
+    files = sorted(set().union(*sent.values()))
+    _check_size(sent, batch_file)
     entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *(["--output", output] if output else [])]
     connection = client(address)
-    try:
-        return connection.submit_job(
-            entrypoint=shlex.join(entrypoint),
-            submission_id=f"{batch.name}-{secrets.token_hex(3)}",
-            runtime_env={"working_dir": str(folder)},
-            metadata={"batch": batch.name},
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the cluster did not take the job: {str(error).strip().splitlines()[0]} "
-            "(a head that has just started takes jobs after some seconds)"
-        ) from None
+    with TemporaryDirectory() as scratch:
+        package = Path(scratch) / "batch.zip"
+        with ZipFile(package, "w", strict_timestamps=False) as archive:
+            for file in files:
+                archive.write(file, file.relative_to(folder))
+        try:
+            return connection.submit_job(
+                entrypoint=shlex.join(entrypoint),
+                submission_id=f"{batch.name}-{secrets.token_hex(3)}",
+                runtime_env={"working_dir": str(package)},
+                metadata={"batch": batch.name},
+            )
+        except RuntimeError as error:
+            why = " … ".join(_first_and_last(str(error)))
+            if "No available agent" in why:
+                why += " (a head that has just started takes jobs after some seconds)"
+            raise ValueError(f"the cluster did not take the job: {why}") from None
 
 
-def _relative_places(batch_file: Path) -> list[str]:
-    """Where files lie that a batch file names by relative paths, but images; absolute ones are the nodes' own."""
-    written, found = read_mapping(batch_file, "batch file", "concepts"), []
+def _named(written: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What a batch file names, as it names it: places of images, and other files."""
+    images: list[str] = []
+    others: list[str] = []
     for key in PLACES:
         value: Any = written
         for part in key.split("."):
             value = (value or {}).get(part)
-        if value and "://" not in value and not os.path.isabs(value):
-            found.append(os.path.abspath(batch_file.parent / Path(value).expanduser()))
-    return found
+        others += [value] if value else []
+    for section in (written.get("evaluation") or {}, *written["concepts"]):
+        images += one_is_a_list(section.get("images", ()))
+        others += filter(is_suite, one_is_a_list(section.get("prompts", ())))
+    return images, others
+
+
+def _sent_places(written: Iterable[str], batch_file: Path) -> list[str]:
+    """Where those of some places are that are sent along: absolute ones, and URLs, are the nodes' own.
+
+    Raises: ValueError for a place that the nodes would not find.
+    """
+    folder = Path(os.path.abspath(batch_file)).parent
+    sent = []
+    for name in written:
+        if "://" in name:
+            continue
+        path = Path(name).expanduser()
+        place = os.path.abspath(folder / path)
+        inside = Path(place).is_relative_to(folder)
+        if inside and path.is_absolute():
+            raise ValueError(
+                f"{batch_file}: {name} is in {folder}, which has another place on the nodes: "
+                f"name it relative to the batch file, {os.path.relpath(place, folder)!r}"
+            )
+        if not inside and not path.is_absolute():
+            raise ValueError(
+                f"{batch_file}: {place} is not in {folder}: only what is in the batch's own folder is sent along; "
+                "what the nodes have themselves is named by an absolute path"
+            )
+        if inside:
+            sent.append(place)
+    return sent
+
+
+def _files(place: str) -> set[Path]:
+    """A file, those in a folder, or those that match a pattern; none for a model's name on the hub."""
+    found = [place] if os.path.exists(place) else glob.glob(place, recursive=True)
+    inner = [glob.glob(f"{glob.escape(path)}/**", recursive=True, include_hidden=True) for path in found]
+    return {path for path in map(Path, itertools.chain(found, *inner)) if path.is_file()}
+
+
+def _check_size(sent: dict[str, set[Path]], batch_file: Path) -> None:
+    """Raises: ValueError when this is more than Ray takes. sent: files by the place that names them."""
+
+    def mib(files: set[Path]) -> float:
+        return sum(file.stat().st_size for file in files) / 2**20
+
+    total, largest = mib(set().union(*sent.values())), max(sent, key=lambda place: mib(sent[place]))
+    if total >= LIMIT:
+        raise ValueError(
+            f"{batch_file}: {total:.0f} MiB would be sent along, {mib(sent[largest]):.0f} of them {largest}; Ray takes "
+            f"less than {LIMIT}: put images and models where all nodes reach them and name them by absolute paths, "
+            "a corpus by an absolute path or URL"
+        )
 
 
 def jobs(address: str | None) -> list[JobDetails]:
@@ -100,10 +170,15 @@ def find(job: str, address: str | None) -> JobDetails:
     raise ValueError(f"no job {job!r}; the last ones: {known}")
 
 
-def stop(job: str, address: str | None) -> None:
-    """Ask a job to end; what it finished stays in the store. Raises: ValueError when there is no such job."""
-    find(job, address)
-    client(address).stop_job(job)
+def stop(job: str, address: str | None) -> JobDetails:
+    """Ask a job to end, if it has not; what it finished stays in the store. Returns how it stood when it was asked.
+
+    Raises: ValueError when there is no such job.
+    """
+    details = find(job, address)
+    if not details.status.is_terminal():
+        client(address).stop_job(job)
+    return details
 
 
 async def follow(job: str, address: str | None) -> JobStatus:
@@ -119,5 +194,12 @@ def describe(details: JobDetails) -> Iterator[str]:
     """A job in words, line by line."""
     seconds = ((details.end_time or details.start_time or 0) - (details.start_time or 0)) / 1000
     yield f"{details.submission_id}  {details.status.value}" + (f"  {seconds:.0f} s" if details.end_time else "")
-    if details.status in (JobStatus.FAILED, JobStatus.STOPPED) and details.message:
-        yield f"  {details.message.strip().splitlines()[0]}"
+    if details.status in (JobStatus.FAILED, JobStatus.STOPPED):
+        for line in _first_and_last(details.message or ""):
+            yield f"  {line}"
+
+
+def _first_and_last(message: str) -> list[str]:
+    """Lines of one of Ray's messages: what happened, and why, where a log or a traceback follows."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines if len(lines) < 2 else [lines[0], lines[-1]]

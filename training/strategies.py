@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -236,7 +237,7 @@ def deepspeed_config(batch_size: int, max_grad_norm: float, *, zero: Literal[1, 
 def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm: float) -> dict[str, Any]:
     """A DeepSpeed configuration of the user's own (JSON), completed with what the batch says. batch_size: of a step.
 
-    Raises: ValueError when it cannot be read, or asks for what the batch says otherwise.
+    Raises: ValueError when it cannot be read, shares nothing out, or asks for what the batch says otherwise.
     """
     where = f"training.deepspeed.config: {path}"
     try:
@@ -248,6 +249,7 @@ def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm:
     for key in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"):
         if key in config:
             raise ValueError(f"{where}: {key!r} is not used: learning rates and precision are `training`'s")
+    _check_zero(config.get("zero_optimization"), where, sorted(config))
     own = deepspeed_config(batch_size // ranks, max_grad_norm, zero=1, offload=False)
     del own["zero_optimization"]
     fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -256,3 +258,18 @@ def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm:
             raise ValueError(f"{where}: {key!r} is {config[key]!r}; by the batch file it is {value}: leave it out")
         config[key] = value
     return own | config
+
+
+def _check_zero(zero: Any, where: str, keys: list[str]) -> None:
+    """keys: of the configuration it is in."""
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in (1, 2, 3):
+        found = f"{zero!r}" if zero is not None else f"no such key among {keys}"
+        raise ValueError(f"{where}: 'zero_optimization' has to be an object with a 'stage' of 1, 2 or 3; found {found}")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        lines = [f"{where}: zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ValueError("\n".join(lines)) from None

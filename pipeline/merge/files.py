@@ -87,6 +87,8 @@ def merge_files(
     for path in paths:
         merged, added = merged.with_added(path, backbone)
         constraints += added
+    if remove and not merged.concepts:
+        raise ValueError(f"merge: no concept is left; {sums} can be deleted")
     if not merged.concepts:
         raise ValueError("merge: no concepts; name their weights.safetensors")
     if sums:

@@ -355,7 +355,8 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     for arguments, message in (
         (lambda: merged(c), "'c' is merged already"),
         (lambda: merged(remove=[a]), "are not among the concepts merged"),
-        (lambda: merged(remove=[b, c]), "no concepts"),
+        (lambda: merged(remove=[b, c]), "no concept is left; .*sums.safetensors can be deleted"),
+        (lambda: merged(sums="none.safetensors"), "no concepts; name their"),
         (lambda: merged(b, sums="none.safetensors", remove=[a]), "are not among the concepts merged"),
         (lambda: merged(a, sums="c.safetensors"), "holds no sums"),
     ):

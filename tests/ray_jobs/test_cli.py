@@ -61,6 +61,9 @@ def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys)
     assert code == 0
     assert "21 of 21 stages to do" in out
     assert "\npacks of up to 2 concepts, 1." in out
+    for option in ("--concepts", "--captions"):
+        code, _, err = run("plan", str(path), option, "50", capsys=capsys)
+        assert code == 2 and f"{option}: only a prediction takes it" in err
     assert "packs of up to 1 concepts" in run("plan", str(batch(training={"pack_size": 1})), capsys=capsys)[1]
     path = batch()
     for kind in (
@@ -326,6 +329,8 @@ def test_one_failing_concept_does_not_sink_the_others(batch, tmp_path, capsys):
 
     code, out, err = run("run", str(batch(concepts=concepts, merge={"partial": True}, **small)), capsys=capsys)
     assert code == 1 and "made release" in out
+    row = next(line for line in out.splitlines() if line.startswith("outlined-cat"))
+    assert row.split()[4] == "–"  # of one image there is no interval
     assert "left out: concepts[2] (nothing)" in err and "left out: train wild" in err
     assert {p: p.stat().st_mtime_ns for p in trained} == trained
     assert list(json.loads((tmp_path / "runs/small/summary.json").read_text())["concepts"]) == ["outlined-cat"]

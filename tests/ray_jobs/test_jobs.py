@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -31,12 +32,13 @@ def batch(tmp_path) -> Path:
     (tmp_path / "b" / "cat").mkdir(parents=True)
     for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
         image.save(tmp_path / "b" / "cat" / f"{i}.png")
+    (tmp_path / "b" / "prompts.txt").write_text("a {} on the beach")
     content = {
         "name": "job",
         "output": str(tmp_path / "out"),
         "concepts": [{"name": "cat", "images": "cat", "class_word": "cat"}],
         "training": {"steps": 8, "batch_size": 2, "views": 4, "regularization": "none", "checkpoint_every": 2},
-        "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0},
+        "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "prompts": "prompts.txt"},
     }
     (tmp_path / "b" / "batch.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "b" / "batch.yaml"
@@ -49,6 +51,11 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
     assert refused.returncode == 2 and "RAY_AUTH_TOKEN" in refused.stderr
     unknown = polyconcept("stop", "job-x")
     assert unknown.returncode == 2 and "no job 'job-x'" in unknown.stderr
+
+    # beside what the batch names: more than Ray takes
+    (batch.parent / "runs").mkdir()
+    with (batch.parent / "runs" / "store").open("wb") as store:
+        store.truncate(200 << 20)
 
     # stopped on the way: only whole artifacts stay
     job = polyconcept("submit", str(batch), "--no-wait").stdout.split()[-1]
@@ -70,21 +77,43 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
     assert next((tmp_path / "out" / "store" / "features").iterdir()).stat().st_mtime_ns == features
     assert (tmp_path / "out" / "report.html").exists()
     assert polyconcept("status").stdout.count("job-") == 2
+    assert f"{job} has ended already: STOPPED" in polyconcept("stop", job).stdout
+
+    # what only the nodes can tell
+    batch.write_text(batch.read_text().replace("images: cat", "images: /nowhere/cat"))
+    assert polyconcept("submit", str(batch)).returncode == 1
+    told = polyconcept("status").stdout
+    assert "failed with exit code 2" in told and "no images at '/nowhere/cat'" in told.splitlines()[-1]
 
 
 def test_what_is_not_sent(batch, capsys):
     """Refused before any cluster is asked. What an absolute path names is on the nodes, as far as is known here."""
-    text = batch.read_text()
+    text, folder = batch.read_text(), batch.parent
+    with (folder / "film.png").open("wb") as film:
+        film.truncate(101 << 20)
+    for name, images in (("out", "../cat"), ("in", str(folder / "cat"))):
+        entry = {"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": images}
+        (folder / f"{name}.json").write_text(json.dumps([entry]))
+    (folder.parent / "ours.txt").write_text("photo of a {}")
+    listed = text[: text.index("concepts:")] + text[text.index("evaluation:") :]
+    sent = "no Ray cluster at http://127.0.0.1:9"
     for changed, message in (
-        (text.replace("images: cat", "images: ../b2/cat"), "only the batch's own folder is sent along"),
-        (text.replace(f"output: {batch.parent.parent}", "output: runs"), "is relative; on a cluster"),
-        (text + "base: ../sd\nevaluation: {clip: ../clip}\n", f"{batch.parents[1]}/sd is not in {batch.parent}:"),
-        (text + "retrieval: {block_list: ../bad.txt}\n", f"{batch.parents[1]}/bad.txt is not in"),
-        (text + "retrieval: {corpus: ../*.parquet}\n", f"{batch.parents[1]}/*.parquet is not in"),
-        (text + "publish: {signing_key: ../key.pem}\n", f"{batch.parents[1]}/key.pem is not in"),
-        (text + "retrieval: {block_list: bad.txt, corpus: /lists/*.parquet}\n", "no Ray cluster at http://127.0.0.1:9"),
+        (text.replace("images: cat", "images: ../b2/cat"), "only what is in the batch's own folder is sent along"),
+        (text.replace("images: cat", "images: dog"), f"no images at '{folder}/dog'"),
+        (text.replace("images: cat", f"images: {folder}/cat"), "name it relative to the batch file, 'cat'"),
+        (text.replace("images: cat", "images: [cat, film.png]"), "101 MiB would be sent along, 101 of them"),
+        (text.replace(f"output: {folder.parent}", "output: runs"), "is relative; on a cluster"),
+        (text + "base: ../sd\nevaluation: {clip: ../clip}\n", f"{folder.parent}/sd is not in {folder}:"),
+        (text + "retrieval: {block_list: ../bad.txt}\n", f"{folder.parent}/bad.txt is not in"),
+        (text + "retrieval: {corpus: ../*.parquet}\n", f"{folder.parent}/*.parquet is not in"),
+        (text + "publish: {signing_key: ../key.pem}\n", f"{folder.parent}/key.pem is not in"),
+        (text + "evaluation: {prompts: ../ours.txt}\n", f"{folder.parent}/ours.txt is not in"),
+        (listed + "concepts: out.json\n", f"{folder.parent}/cat is not in"),
+        (listed + "concepts: in.json\n", "name it relative to the batch file, 'cat'"),
+        (text + "retrieval: {block_list: bad.txt, corpus: /lists/*.parquet}\n", sent),
+        (text.replace("images: cat", "images: /shared/photos/cat"), sent),
     ):
         batch.write_text(changed)
         with pytest.raises(SystemExit) as stop:
             cli.main(["submit", str(batch), "--address", "http://127.0.0.1:9"])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert stop.value.code == 2 and message in capsys.readouterr().err, changed

@@ -24,6 +24,8 @@ from ray_jobs.ranks import train_on_ranks
 from training.strategies import deepspeed_config
 from training.weights import ConceptWeights
 
+ZERO = {"zero_optimization": {"stage": 2}}
+
 
 def _plan(tmp_path, **training) -> Plan:
     """Of a batch of one concept."""
@@ -105,11 +107,22 @@ def _kill_a_rank(checkpoint) -> None:
         (None, "training.deepspeed.config: .*config.json: .*No such file"),
         ("{", "config.json: Expecting"),
         ([], "expected a JSON object"),
+        ({}, r"'zero_optimization' has to be an object with a 'stage' of 1, 2 or 3; found no such key among \[\]"),
+        ({"zero_optimisation": {"stage": 2}}, r"found no such key among \['zero_optimisation'\]"),
+        ({"zero_optimization": 3}, "'zero_optimization' has to be an object .* found 3"),
+        ({"zero_optimization": {"stage": 5}}, "'stage' of 1, 2 or 3; found {'stage': 5}"),
+        ({"zero_optimization": {"stage": 0}}, "'stage' of 1, 2 or 3; found {'stage': 0}"),
+        ({"zero_optimization": {"stage": "auto"}}, "'stage' of 1, 2 or 3; found {'stage': 'auto'}"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket": 1}}, r"zero_optimization\.reduce_bucket: Extra inputs"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, r"offload_param\.device: Input"),
         ({"optimizer": {}}, "'optimizer' is not used: learning rates and precision are `training`'s"),
         ({"bf16": {"enabled": True}}, "'bf16' is not used"),
-        ({"gradient_accumulation_steps": 2}, "'gradient_accumulation_steps' is 2; by the batch file it is 1: leave it"),
-        ({"gradient_clipping": 0.5}, "'gradient_clipping' is 0.5; by the batch file it is 1.0"),
-        ({"train_batch_size": 8}, "'train_batch_size' is 8; by the batch file it is 4"),
+        (
+            ZERO | {"gradient_accumulation_steps": 2},
+            "'gradient_accumulation_steps' is 2; by the batch file it is 1: leave it",
+        ),
+        (ZERO | {"gradient_clipping": 0.5}, "'gradient_clipping' is 0.5; by the batch file it is 1.0"),
+        (ZERO | {"train_batch_size": 8}, "'train_batch_size' is 8; by the batch file it is 4"),
     ],
 )
 def test_deepspeed_configs_that_cannot_be_used(tmp_path, config, message):

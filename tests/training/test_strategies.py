@@ -66,6 +66,9 @@ def made(backbone, member, folder) -> dict[str, dict]:
         cases[f"{name}-on"] = (member(f"{name}-on"), *cases[name][1:])
         # and the other way round
         cases[f"{name}-cut"] = (member(f"{name}-cut", steps=4), *cases[name][1:])
+    for name in ("zero1", "zero2", "zero3"):  # and two by two: cases are trained in their order
+        for steps, case in ((4, f"{name}-begun"), (6, f"{name}-ended")):
+            cases[case] = (member(f"{name}-twice", steps=steps), *cases[name][1:])
     features = member("x").concepts[0].features
     broken = dataclasses.replace(features, latents=features.latents * float("nan"))
     cases["dreambooth"] = (_dreambooth(member("dreambooth")), "ddp", {})
@@ -79,7 +82,9 @@ def made(backbone, member, folder) -> dict[str, dict]:
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in cases}
 
 
-@pytest.mark.parametrize("name", ["ddp", *ZERO, "ddp-on", "zero1-on", "zero2-on", "zero3-on"])
+@pytest.mark.parametrize(
+    "name", ["ddp", *ZERO, "ddp-on", *(f"zero{stage}-{how}" for stage in (1, 2, 3) for how in ("on", "ended"))]
+)
 def test_two_ranks_are_one_with_twice_the_batch(same_weights, made, single, name):
     result = made[name]["result"]
     same_weights(result, single)
