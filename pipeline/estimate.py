@@ -289,7 +289,7 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_ch
         names = set(unet_parameters(unet, part))
         trained = [p.requires_grad_() for name, p in unet.named_parameters() if short_name(name) in names]
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # TRAINED_BYTES has it
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # counted with what trains
         text = torch.empty(1, config("text_encoder")["max_position_embeddings"], width, requires_grad=True)
         with LiveBytes(unet.parameters()) as live:
             with FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count:
