@@ -81,7 +81,7 @@ def main() -> None:
         )
         figures |= {f"hours_{concepts}_{8 * nodes}": total / 3600, "packed": packed}
     print("\n1 000 concepts on 64 GPUs:\n")
-    print("\n".join(describe(*found[1_000, 8])))
+    print("\n".join(describe(*found[1_000, 8], cluster_of(8))))
     print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
 
 

@@ -26,10 +26,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.plan import Plan, Stage
+from pipeline.spec import Training
 from training.attention import training_dtype, use_attention
 from training.backbone import local_model, short_name, unet_parameters
 from training.methods import METHODS
 from training.methods.method import UNetPart
+from training.strategies import deepspeed_config, read_deepspeed_config
 
 REACHED = 0.35
 """Share of the matrix product's speed that UNet and autoencoder reach, measured on 2 CPU cores with the miniature."""
@@ -54,8 +56,8 @@ class Device:
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PROCESS = 0.9 * 2**30
 """Bytes of a process that has imported everything and done a step, beyond tensors; measured on the CPU."""
-TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10}
-"""Of a trained number in float32: itself, its gradient and the two averages of the optimizer."""
+AVERAGES = {"adamw": 8, "adamw8bit": 2}
+"""Bytes of the optimizer's two averages of a trained number. The number and its gradient take 4 each."""
 GAPS = 1.4
 """Resident bytes of activations on the CPU over the tensors' own: its allocator leaves gaps between small ones.
 Measured on the miniature."""
@@ -66,13 +68,15 @@ class ModelSize:
     """A base model in numbers, counted from its shapes.
 
     unet_flops: of one forward pass of one sample. vae_flops: of encoding one image. parameters: of all parts.
-    trained: of what a method trains, without its token rows. trained_share: how much of the UNet trains.
+    vae_parameters: of them, the autoencoder's. trained: of what a method trains, without its token rows.
+    trained_share: how much of the UNet trains.
     step_bytes: most that is alive of one sample in a training step, float32, beside what trains and its gradients.
     """
 
     unet_flops: float
     vae_flops: float
     parameters: int
+    vae_parameters: int
     trained: int
     trained_share: float
     step_bytes: float
@@ -91,13 +95,57 @@ def estimates(plan: Plan, *, cuda: bool) -> dict[str, Estimate]:
 
 
 def pack_bytes(plan: Plan, members: int, *, cuda: bool = False) -> float:
-    """Peak memory, bytes, of a GPU, or of a process on the CPU, that trains so many sets of weights as one pack."""
-    settings, model = plan.batch.training, _size_of(plan)
+    """Peak memory, bytes, of a GPU, or of a process on the CPU, that trains so many sets of weights as one pack; of
+    one rank where several train a set together."""
+    settings, model, zero = plan.batch.training, _size_of(plan), _zero(plan.batch.training)
     width = training_dtype(settings.precision, cuda=cuda).itemsize
-    samples = settings.batch_size * (1 if settings.regularization == "none" else 2)
-    step = samples * model.step_bytes * width / 4
-    each = model.trained * TRAINED_BYTES[settings.optimizer] + (step if cuda else GAPS * step)
-    return (0 if cuda else PROCESS) + model.parameters * width + members * each
+    # a rank's share of the optimizer's averages, of the gradients and of the weights
+    averages, gradients, weights = (1 / settings.ranks if zero["stage"] >= stage else 1.0 for stage in (1, 2, 3))
+    buffer = 0.0
+    # on the CPU what is offloaded stays where it is, and a buffer takes memory only where something is in it
+    if cuda and zero["stage"]:
+        averages = 0.0 if _offloads(zero, "offload_optimizer") else averages
+        weights = 0.0 if zero["stage"] == 3 and _offloads(zero, "offload_param") else weights
+        buffer = 4 * float(zero.get("reduce_bucket_size", 5e8))  # DeepSpeed's default
+    step = rank_samples(settings) * model.step_bytes * width / 4
+    trained = model.trained * (4 * weights + 4 * gradients + AVERAGES[settings.optimizer] * averages)
+    # the autoencoder is not a part of what the ranks run
+    base = width * (model.vae_parameters + weights * (model.parameters - model.vae_parameters))
+    return (buffer if cuda else PROCESS) + base + members * (trained + (step if cuda else GAPS * step))
+
+
+def exchanged_bytes(plan: Plan) -> float:
+    """What a rank on a GPU sends in a step, and as much arrives: gradients, averaged in two rounds of a ring; with
+    ZeRO-3 the model, put together in the forward and again in the backward pass, and gradients in one round."""
+    settings, model = plan.batch.training, _size_of(plan)
+    if settings.ranks == 1:
+        return 0.0
+    gradients = 4.0 * model.trained
+    if _zero(settings)["stage"] < 3:
+        return 2 * gradients
+    width = training_dtype(settings.precision, cuda=True).itemsize
+    return 2 * width * (model.parameters - model.vae_parameters) + gradients
+
+
+def rank_samples(settings: Training) -> int:
+    """Samples that one rank has in a step."""
+    return settings.batch_size // settings.ranks * (1 if settings.regularization == "none" else 2)
+
+
+def _zero(settings: Training) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`; stage 0, nothing is shared out, for other strategies."""
+    own = settings.deepspeed
+    if settings.strategy != "deepspeed":
+        return {"stage": 0}
+    if own.config:
+        config = read_deepspeed_config(own.config, settings.batch_size, settings.ranks, settings.max_grad_norm)
+    else:
+        config = deepspeed_config(rank_samples(settings), settings.max_grad_norm, zero=own.stage, offload=own.offload)
+    return config["zero_optimization"]
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"
 
 
 def stage_bytes(plan: Plan, stages: Sequence[Stage]) -> int:
@@ -120,13 +168,15 @@ def pack_size(plan: Plan, device: Device) -> int:
 
 
 def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float, cuda: bool = False) -> Estimate:
-    resident = (PROCESS + model.parameters * 4) / 2**30
+    process = (PROCESS + model.parameters * 4) / 2**30
+    resident = model.parameters * 4 / 2**30 if cuda else process
     if stage.kind == "features":
         views = len(stage.params["images"]) * max(1, stage.params["views"]) + plan.batch.retrieval.images
         return Estimate(views * model.vae_flops / speed, resident)
     if stage.kind == "train":
         settings = stage.params["training"]
-        samples = settings["batch_size"] * (1 if settings["regularization"] == "none" else 2)
+        # ranks have a GPU each, but share the cores of a machine
+        samples = rank_samples(plan.batch.training) * (1 if cuda else plan.batch.training.ranks)
         # forward, backward for the activations, and for what trains
         passes = 2 + model.trained_share
         seconds = settings["steps"] * samples * passes * model.unet_flops / speed
@@ -139,7 +189,7 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float, cuda: bo
         images = len(stage.params["prompts"]) * settings["samples"]
         return Estimate(images * settings["steps"] * 2 * model.unet_flops / speed, resident)
     if stage.kind == "merge":
-        return Estimate(None, resident + len(plan.batch.concepts) * model.trained * 4 / 2**30)
+        return Estimate(None, process + len(plan.batch.concepts) * model.trained * 4 / 2**30)
     return Estimate(None, None)
 
 
@@ -217,7 +267,7 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_ch
         names = set(unet_parameters(unet, part))
         trained = [p.requires_grad_() for name, p in unet.named_parameters() if short_name(name) in names]
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # TRAINED_BYTES has it
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)  # counted with what trains
         text = torch.empty(1, config("text_encoder")["max_position_embeddings"], width, requires_grad=True)
         with LiveBytes(unet.parameters()) as live:
             with FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count:
@@ -227,11 +277,13 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_ch
         with FlopCounterMode(display=False, custom_mapping=fused_attention) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
     matrices = sum(p.numel() for p in trained)
+    numbers = {name: sum(_numbers(file) for file in (folder / name).glob("*.safetensors")) for name in PARTS}
     encoders = [file for name in PARTS[2:] for file in (folder / name).glob("*.safetensors")]
     return ModelSize(
         unet_count.get_total_flops(),
         vae_count.get_total_flops(),
-        sum(_numbers(file) for name in PARTS for file in (folder / name).glob("*.safetensors")),
+        sum(numbers.values()),
+        numbers["vae"],
         matrices + (sum(_numbers(file, tables=False) for file in encoders) if train_text_encoder else 0),
         matrices / sum(p.numel() for p in unet.parameters()),
         live.peak,

@@ -13,20 +13,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Any
 
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, field_validator
 
-from pipeline.estimate import Device, model_size, pack_bytes, pack_size
+from pipeline.estimate import Device, exchanged_bytes, model_size, pack_bytes, pack_size, rank_samples
 from pipeline.plan import SUMMED, Plan
-from pipeline.spec import Positive, Section, explain
+from pipeline.spec import Section, read_mapping, validated
 from retrieval.select import HITS_AT_ONCE
 from training.attention import training_dtype
 from training.methods import METHODS
 
-Quantity = Annotated[float, Field(gt=0)]
+Quantity = Annotated[float, Field(ge=1e-6, le=1e6)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
 CONSTRAINT_ROWS = 7
 """Of a concept with the two default prompts."""
 IMAGE, ROW, VECTOR, POSITIONS = 150_000, 200, 512, 10
@@ -36,8 +37,8 @@ IMAGE, ROW, VECTOR, POSITIONS = 150_000, 200, 512, 10
 class Cluster(Section):
     """A cluster in numbers; `docs/scaling.md` says where the defaults come from."""
 
-    nodes: Positive
-    devices: Positive
+    nodes: Count
+    devices: Count
     """GPUs a node."""
     memory_gib: Quantity
     """Of a GPU."""
@@ -58,6 +59,13 @@ class Cluster(Section):
     cpu_gflops: Quantity = 1_000.0
     """Of a node's cores, float32."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which Python takes for 0 or 1
+            raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -73,20 +81,15 @@ class Phase:
 
 def load_cluster(path: Path) -> Cluster:
     """Raises: ValueError naming the file and the key."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Cluster.model_validate(data)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, Cluster))) from None
+    return validated(Cluster, read_mapping(path, "cluster file (.yaml)", "nodes"), path)
 
 
 def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tuple[list[Phase], int]:
     """The phases of a batch of so many concepts like the plan's, each of a class of its own, over a corpus of so many
-    captions; and the sets of weights that a GPU trains at once."""
+    captions; and the sets of weights that a GPU trains at once. Steps and prompts are the mean of the plan's concepts.
+
+    Raises: ValueError when a training has more ranks than there are GPUs.
+    """
     batch = plan.batch
     training, retrieval, evaluation = batch.training, batch.retrieval, batch.evaluation
     method = METHODS[training.method]
@@ -103,12 +106,17 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
     float32 = (cluster.float32_tflops or cluster.tflops / (8 if half else 1)) * 1e12
     node = cluster.network_gbit / 8 * 1e9
     cores = cluster.cpu_gflops * 1e9
-    packed = pack_size(plan, Device(cluster.memory_gib * 2**30, cuda=True))
-    # concepts come in whole numbers to a GPU
-    rounds = math.ceil(concepts / gpus)
+    if training.ranks > gpus:
+        raise ValueError(f"training.ranks: {training.ranks} ranks need a GPU each, and the cluster has {gpus}")
+    joint = training.composition == "joint"
+    trainings = 1 if joint else concepts
+    at_once = min(trainings, gpus // training.ranks)
+    # concepts come in whole numbers to a GPU, trainings to their ranks
+    rounds, turns = math.ceil(concepts / gpus), math.ceil(trainings / at_once)
+    packed = min(turns, pack_size(plan, Device(cluster.memory_gib * 2**30, cuda=True)))
     regularized = training.regularization != "none"
-    samples = training.batch_size * (2 if regularized else 1)
-    steps = training.steps or method.steps
+    default = training.steps or method.steps * (concepts if joint else 1)
+    steps = fmean(concept.training.steps or default for concept in batch.concepts)
     whole = 4 * model.parameters
     phases: list[Phase] = []
 
@@ -152,16 +160,20 @@ def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tu
         GPUs=rounds * views * model.vae_flops / float32,
     )
     weights = 4 * model.trained
+    # a ring of ranks crosses the network of each node it spans once; within a node nothing is counted
+    spanned = math.ceil(training.ranks / cluster.devices)
+    exchanged = trainings * spanned * steps * exchanged_bytes(plan) if spanned > 1 else 0.0
+    read = spanned * concepts * latents + at_once * training.ranks * whole
     phase(
         "train",
-        (concepts * (latents + weights) + min(concepts, gpus) * whole, nodes),
-        memory=pack_bytes(plan, min(packed, rounds), cuda=True),
-        GPUs=rounds * steps * samples * (2 + model.trained_share) * model.unet_flops / speed,
+        (read + exchanged + trainings * weights, min(nodes, at_once * spanned)),
+        memory=pack_bytes(plan, packed, cuda=True),
+        GPUs=turns * steps * rank_samples(training) * (2 + model.trained_share) * model.unet_flops / speed,
     )
-    if method.unet == "text_kv" and concepts > 1:
+    if method.unet == "text_kv" and trainings > 1:
         _add_merge(phase, plan, cluster, concepts, model.trained, model.text_width)
     models = 4 if method.unet == "text_kv" else 3
-    drawn = len(evaluation.prompts) * evaluation.samples
+    drawn = fmean(len(batch.prompts_of(concept)) for concept in batch.concepts) * evaluation.samples
     # a task for each concept and model; its own weights, and on each node the merged model
     phase(
         "evaluate",
@@ -202,8 +214,8 @@ def _add_merge(
     )
 
 
-def describe(phases: list[Phase], packed: int) -> list[str]:
-    """The prediction as a table, with what takes longest named."""
+def describe(phases: list[Phase], packed: int, cluster: Cluster) -> list[str]:
+    """The prediction as a table, with what takes longest and what does not fit a GPU named."""
     lines = [f"{'stage':15} {'time':>10} {'moved, GiB':>12} {'GiB of a GPU':>13}  limited by"]
     for p in phases:
         memory = "" if p.device_gib is None else f"{p.device_gib:.1f}"
@@ -215,6 +227,11 @@ def describe(phases: list[Phase], packed: int) -> list[str]:
         f"packs of up to {packed}; longest: {longest.kind} ({100 * longest.seconds / total:.0f} %, {longest.limit}). "
         "Modelled, not measured."
     )
+    for p in phases:
+        if p.device_gib and p.device_gib > cluster.memory_gib:
+            lines.append(
+                f"does not fit: {p.kind} needs {p.device_gib:.1f} GiB of a GPU, which has {cluster.memory_gib:g}"
+            )
     return lines
 
 

@@ -106,9 +106,11 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(help="Predict the batch on the cluster that this YAML file describes, instead.")
     ] = None,
-    concepts: Annotated[int | None, typer.Option(min=1, help="With --cluster: as if there were so many.")] = None,
+    concepts: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="With --cluster: as if there were so many.")
+    ] = None,
     captions: Annotated[
-        int | None, typer.Option(min=1, help="With --cluster: rows of the corpus; a million by default.")
+        int | None, typer.Option(min=1, max=10**12, help="With --cluster: rows of the corpus; a million by default.")
     ] = None,
 ) -> None:
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
@@ -126,18 +128,22 @@ def plan(
     if cluster:
         from pipeline.scaling import describe, load_cluster, predict
 
-        count, rows = concepts or len(batch.concepts), captions or 1_000_000
-        print("\n".join(describe(*predict(made, load_cluster(cluster), concepts=count, captions=rows))))
+        nodes, count = load_cluster(cluster), concepts or len(batch.concepts)
+        phases, packed = predict(made, nodes, concepts=count, captions=captions or 1_000_000)
+        print("\n".join(describe(phases, packed, nodes)))
         return
     store, device = Store(batch.store_url), _this_device()
     cost = estimates(made, cuda=device.cuda)
     print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
     seconds = 0.0
+    needs: dict[str, float] = {}  # kind -> GiB of what is to do
     for stage in made:
         done = store.has(stage.kind, stage.key)
         estimate = cost[stage.key]
-        seconds += 0 if done else estimate.seconds or 0
+        if not done:
+            seconds += estimate.seconds or 0
+            needs[stage.kind] = max(needs.get(stage.kind, 0), estimate.gib or 0)
         print(
             f"{stage.kind:15} {stage.name[:24]:24} {'done' if done else 'to do':6} "
             f"{'' if estimate.seconds is None else f'{estimate.seconds:.0f}':>9} "
@@ -145,16 +151,27 @@ def plan(
         )
     for note in made.notes:
         print(f"note: {note}")
+    ranks, has = batch.training.ranks, device.memory / 2**30
     if trainings := [stage for stage in made.todo(store) if stage.kind == "train"]:
         packs = -(-len(trainings) // pack_size(made, device))
         largest = -(-len(trainings) // packs)
+        gib = pack_bytes(made, largest, cuda=device.cuda) / 2**30
+        # ranks have a GPU each, but share the memory of a machine
+        needs["train"] = gib if device.cuda else gib * ranks
         print(
-            f"packs of up to {largest} concepts, {pack_bytes(made, largest, cuda=device.cuda) / 2**30:.2f} GiB, of "
-            f"{device.memory / 2**30:.1f} GiB on this machine"
+            f"packs of up to {largest} concepts, {gib:.2f} GiB{f' a rank of {ranks}' if ranks > 1 else ''}, of "
+            f"{has:.1f} GiB on this machine"
         )
+    if device.cuda:
+        needs.pop("merge", None)  # not of the GPU's memory
+    for kind, gib in needs.items():
+        if gib > has:
+            print(f"does not fit: {kind} needs {gib:.1f} GiB, of {has:.1f} GiB on this machine")
     todo = len(made.todo(store))
+    shared = f", trainings on {ranks}" if device.cuda and ranks > 1 else ""
     print(
         f"{todo} of {len(made.stages)} stages to do, about {seconds:.0f} s of computing on one device of this machine"
+        f"{shared}"
     )
 
 

@@ -219,7 +219,8 @@ def deepspeed_config(batch_size: int, max_grad_norm: float, *, zero: Literal[1, 
 
     The optimizer is PyTorch's, on the CPU too, so that all strategies make the same weights.
     """
-    sharing: dict[str, Any] = {"stage": zero}
+    # DeepSpeed sets its buffer aside whole, by default 2 GB on a GPU: more than what is shared out of K/V
+    sharing: dict[str, Any] = {"stage": zero, "reduce_bucket_size": 50_000_000}
     if offload:
         sharing["offload_optimizer"] = {"device": "cpu"}
         if zero == 3:

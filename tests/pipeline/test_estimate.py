@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.estimate import (
-    TRAINED_BYTES,
+    AVERAGES,
     Device,
     LiveBytes,
     estimates,
+    exchanged_bytes,
     model_size,
     pack_bytes,
     pack_size,
@@ -89,7 +90,7 @@ def test_tensors_of_a_pack(backbone, concepts, settings, planned, tmp_path, trai
     plan = planned(**training)
     each = (pack_bytes(plan, 3, cuda=True) - pack_bytes(plan, 1, cuda=True)) / 2
     width = 2  # of a number in bfloat16, which a GPU would train in
-    trained = model_size(str(MINIATURE / "model")).trained * TRAINED_BYTES[own.optimizer]
+    trained = model_size(str(MINIATURE / "model")).trained * (8 + AVERAGES[own.optimizer])
     assert trained + 4 / width * (each - trained) == pytest.approx((most[3] - most[1]) / 2, rel=0.1)
 
 
@@ -112,6 +113,62 @@ def test_precision_is_that_of_the_device(planned):
     automatic, half, full = (planned(precision=precision) for precision in ("auto", "bf16", "fp32"))
     assert pack_bytes(automatic, 4, cuda=True) == pack_bytes(half, 4, cuda=True) < pack_bytes(full, 4, cuda=True)
     assert pack_bytes(automatic, 4) == pack_bytes(full, 4)
+
+
+def test_ranks_share_out_samples_and_what_the_stage_says(planned):
+    size = model_size(str(MINIATURE / "model"))
+
+    def gib(ranks: int, **training) -> float:
+        return pack_bytes(planned(ranks=ranks, batch_size=4, **training), 1) / 2**30
+
+    def zero(stage: int, ranks: int = 4) -> float:
+        return gib(ranks, strategy="deepspeed", deepspeed={"stage": stage})
+
+    ddp = gib(4, strategy="ddp")
+    assert ddp == pack_bytes(planned(batch_size=1), 1) / 2**30  # one sample and the whole model
+    saved = 3 / 4 * size.trained / 2**30  # three quarters of the numbers are the other ranks'
+    assert ddp - zero(1) == pytest.approx(8 * saved)
+    assert zero(1) - zero(2) == pytest.approx(4 * saved)
+    frozen = 3 / 4 * (size.parameters - size.vae_parameters) / 2**30
+    assert zero(2) - zero(3) == pytest.approx(4 * saved + 4 * frozen)
+    assert zero(3, ranks=1) == gib(1)
+
+
+def test_offloading_frees_a_gpu_and_no_process_on_the_cpu(planned):
+    size, width = model_size(str(MINIATURE / "model")), 2
+    for stage, freed in (
+        (2, 4 * size.trained),
+        (3, (4 + 2) * size.trained + width * (size.parameters - size.vae_parameters) / 2),
+    ):
+        kept, moved = (
+            planned(strategy="deepspeed", ranks=2, deepspeed={"stage": stage, "offload": offload})
+            for offload in (False, True)
+        )
+        assert pack_bytes(kept, 1) == pack_bytes(moved, 1)
+        assert pack_bytes(kept, 1, cuda=True) - pack_bytes(moved, 1, cuda=True) == pytest.approx(freed)
+
+
+def test_what_ranks_exchange(planned):
+    """Gradients twice (averaged, and handed back); with stage 3 the model twice, in bfloat16, and gradients once."""
+    size = model_size(str(MINIATURE / "model"))
+    assert exchanged_bytes(planned()) == 0
+    assert exchanged_bytes(planned(strategy="ddp", ranks=2)) == 8 * size.trained
+    assert exchanged_bytes(planned(strategy="deepspeed", ranks=2)) == 8 * size.trained
+    whole = planned(strategy="deepspeed", ranks=2, deepspeed={"stage": 3})
+    assert exchanged_bytes(whole) == 4 * (size.parameters - size.vae_parameters) + 4 * size.trained
+
+
+def test_a_deepspeed_configuration_of_ones_own_says_what_is_shared(planned, tmp_path):
+    file = tmp_path / "own.json"
+
+    def gib(config) -> float:
+        file.write_text(json.dumps(config))
+        return pack_bytes(planned(strategy="deepspeed", ranks=2, deepspeed={"config": str(file)}), 1, cuda=True)
+
+    made = planned(strategy="deepspeed", ranks=2, deepspeed={"stage": 3})
+    expected = pack_bytes(made, 1, cuda=True)
+    assert gib({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7}}) == expected
+    assert gib({"zero_optimization": {"stage": 3}}) == pytest.approx(expected + 4 * (5e8 - 5e7))
 
 
 def test_memory_that_tasks_ask_for(plan):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.estimate import pack_bytes
+from pipeline.estimate import exchanged_bytes, pack_bytes
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
 from pipeline.scaling import Cluster, describe, load_cluster, predict
@@ -14,10 +14,21 @@ SMALL = {"nodes": 2, "devices": 4, "memory_gib": 16, "tflops": 10}
 
 
 @pytest.fixture
-def plan(tmp_path) -> Plan:
+def planned(tmp_path):
+    """The plan of a concept, or of those given as changes of it, with settings of the training."""
     concept_images("cat", "streamline-emojis", 1, seed=0)[0].save(tmp_path / "0.png")
     concept = {"name": "cat", "images": str(tmp_path), "class_word": "cat"}
-    return make_plan(ConceptBatch.model_validate({"name": "one", "concepts": [concept]}))
+
+    def make(*changes: dict, **training) -> Plan:
+        concepts = [concept | change for change in changes or ({},)]
+        return make_plan(ConceptBatch.model_validate({"name": "one", "concepts": concepts, "training": training}))
+
+    return make
+
+
+@pytest.fixture
+def plan(planned) -> Plan:
+    return planned()
 
 
 def _seconds(plan: Plan, concepts: int = 1000, **changes) -> dict[str, float]:
@@ -35,8 +46,8 @@ def test_a_thin_network_is_named_as_the_limit(plan):
     cluster = Cluster.model_validate(SMALL | {"network_gbit": 1e-6})
     phases, packed = predict(plan, cluster, concepts=10, captions=10**6)
     assert {p.limit for p in phases if p.gib} == {"network"}
-    text = "\n".join(describe(phases, packed))
-    assert "network" in text and f"packs of up to {packed}" in text
+    text = "\n".join(describe(phases, packed, cluster))
+    assert "network" in text and f"packs of up to {packed}" in text and "does not fit" not in text
 
 
 def test_one_process_has_one_nodes_network(plan):
@@ -74,15 +85,62 @@ def test_many_concepts_are_summed(plan):
     assert all(found[-2:] == ["evaluate", "release"] for found in kinds.values())
 
 
+def test_joint_training_is_one_training_of_all_steps_and_no_merge(planned):
+    joint, alone = (_seconds(planned(composition=how), 16, tflops=1e-3) for how in ("joint", "merged"))
+    assert joint["train"] == pytest.approx(8 * alone["train"])  # on one of 8 GPUs, and not two turns of all
+    assert "merge" in alone and not {"constraints", "sums", "merge"} & set(joint)
+
+
+def test_ranks_take_a_gpu_each_and_share_a_step(planned):
+    """As many GPUs do the same work; what a batch of one concept gains is time."""
+    single, ddp = planned(), planned(strategy="ddp", ranks=4)
+    for concepts, times in ((1, 1 / 4), (2, 1 / 4), (4, 1 / 2), (8, 1), (80, 1)):
+        found = _seconds(ddp, concepts, tflops=1e-3)["train"]
+        assert found == pytest.approx(times * _seconds(single, concepts, tflops=1e-3)["train"]), concepts
+    with pytest.raises(ValueError, match="16 ranks need a GPU each, and the cluster has 8"):
+        _seconds(planned(strategy="ddp", ranks=16, batch_size=16))
+
+
+def test_ranks_on_several_nodes_exchange_over_the_network(planned):
+    """In each step, and ZeRO-3 the whole model; ranks on one node cross none."""
+    thin = {"network_gbit": 1e-6}
+    within = _seconds(planned(strategy="ddp", ranks=4), 1, **thin)["train"]
+    across = {}
+    for stage in (2, 3):
+        plan = planned(strategy="deepspeed", ranks=8, batch_size=8, deepspeed={"stage": stage}, steps=1000)
+        across[stage] = _seconds(plan, 1, **thin)["train"]
+        assert across[stage] == pytest.approx(1000 * exchanged_bytes(plan) * 8 / 1e3, rel=0.1)
+    assert within < across[2] < across[3]
+
+
+def test_steps_and_prompts_of_concepts_are_counted(planned):
+    own = planned({"name": "a", "training": {"steps": 750}, "prompts": ["a {}", "the {}", "one {}"]}, {"name": "b"})
+    plain, found = (_seconds(p, 10, tflops=1e-3) for p in (planned(), own))
+    for kind in ("train", "evaluate"):  # three times as many of one, half of all
+        assert found[kind] == pytest.approx(2 * plain[kind])
+
+
+def test_what_does_not_fit_a_gpu_is_said(plan):
+    cluster = Cluster.model_validate(SMALL | {"memory_gib": 0.05})
+    lines = describe(*predict(plan, cluster, concepts=10, captions=10**6), cluster)
+    assert [line.split()[3] for line in lines if line.startswith("does not fit")] == ["features", "train", "evaluate"]
+    assert lines[-1].endswith("GiB of a GPU, which has 0.05")
+
+
 def test_cluster_files_that_cannot_be_used(tmp_path):
     file = tmp_path / "cluster.yaml"
     for text, message in (
         ("nodes: 1\ndevices: 8\nmemory_gib: 80\ntflop: 3", "tflop: unknown key; did you mean 'tflops'?"),
         ("nodes: 0\ndevices: 8\nmemory_gib: 80\ntflops: 3", "nodes: .* found 0"),
         ("nodes: [", "not valid YAML"),
+        ("", "expected a mapping with the key 'nodes', found NoneType"),
+        ("nodes: 1\ndevices: true\nmemory_gib: 80\ntflops: 3", "devices: expected a number, found true"),
+        ("nodes: 1\ndevices: 8\nmemory_gib: 1e300\ntflops: 3", "memory_gib: .* found '1e300'"),
+        ("nodes: 1\ndevices: 8\nmemory_gib: 80\ntflops: 1.0e-320", "tflops: .* found 1e-320"),
+        ("nodes: 1\ndevices: 8\nmemory_gib: 80\ntflops: .nan", "tflops: .* found nan"),
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"cluster\.yaml: {message}"):
             load_cluster(file)
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(ValueError, match=r"none\.yaml: no such file"):
         load_cluster(tmp_path / "none.yaml")

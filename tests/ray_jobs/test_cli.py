@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from botocore.exceptions import NoCredentialsError
 from command import run
 from PIL import Image
 
+from pipeline.estimate import Device
 from pipeline.miniature.world import concept_images
 from pipeline.spec import MINIATURE
 from ray_jobs import cli
@@ -54,17 +56,23 @@ def batch(tmp_path, monkeypatch):
     return write
 
 
-def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys):
+def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys, monkeypatch):
     path = batch()
     before = sorted(p for p in tmp_path.rglob("*"))
     code, out, _ = run("plan", str(path), capsys=capsys)
     assert code == 0
     assert "21 of 21 stages to do" in out
-    assert "\npacks of up to 2 concepts, 1." in out
+    assert "\npacks of up to 2 concepts, 1." in out and "does not fit" not in out
+    with monkeypatch.context() as small:
+        small.setattr(cli, "_this_device", lambda: Device(2**29, cuda=False))
+        ranks = {"strategy": "ddp", "ranks": 2, "batch_size": 2}
+        two = run("plan", str(batch(training=ranks)), capsys=capsys)[1]
+    rank = re.search(r"packs of up to 1 concepts, (\S+) GiB a rank of 2, of 0.5 GiB on this machine", two)
+    both = re.search(r"does not fit: train needs (\S+) GiB, of 0.5 GiB on this machine", two)
+    assert rank and both and float(both[1]) == pytest.approx(2 * float(rank[1]), abs=0.1)
     for option in ("--concepts", "--captions"):
         code, _, err = run("plan", str(path), option, "50", capsys=capsys)
         assert code == 2 and f"{option}: only a prediction takes it" in err
-    assert "packs of up to 1 concepts" in run("plan", str(batch(training={"pack_size": 1})), capsys=capsys)[1]
     path = batch()
     for kind in (
         "index",
