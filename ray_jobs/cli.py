@@ -431,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         if _is_from_outside(error):
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, ImportError) and _is_missing_storage(error):
-            print(f"error: {error} (with pip; s3:// by pip install 'polyconcept[s3]')", file=sys.stderr)
+            print(f"error: {error}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.exit(2)

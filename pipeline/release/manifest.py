@@ -24,9 +24,9 @@ class File(Part):
 
 
 class Concept(Part):
-    token: str = ""
-    class_word: str = ""
-    training: str = ""
+    token: str
+    class_word: str
+    training: str
 
 
 class Base(Part):

@@ -87,8 +87,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "added": sorted(after.keys() - before.keys()),
         "removed": sorted(before.keys() - after.keys()),
-        "changed": [name for name in both if before[name].get("training") != after[name].get("training")],
-        "unchanged": [name for name in both if before[name].get("training") == after[name].get("training")],
+        "changed": [name for name in both if before[name]["training"] != after[name]["training"]],
+        "unchanged": [name for name in both if before[name]["training"] == after[name]["training"]],
     }
 
 

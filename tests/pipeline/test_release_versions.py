@@ -18,6 +18,7 @@ from pipeline.release.lease import Busy, lease
 from pipeline.release.manifest import content_sum, own_sum
 from pipeline.release.publish import keep_candidate, publish, resolve, verify
 from pipeline.release.versions import diff, fetch, gc, listed, promote, read, rollback
+from ray_jobs.cli import main
 
 Make = Callable[..., Path]
 
@@ -43,7 +44,8 @@ def make(tmp_path: Path) -> Make:
 
 def facts(**trained: str) -> dict:
     measures = {name: {"image": 0.5, "image_se": 0.1, "samples": 4} for name in trained}
-    return {"concepts": {n: {"training": key} for n, key in trained.items()}, "measures": {"concepts": measures}}
+    concepts = {name: {"token": f"<{name}>", "class_word": name, "training": key} for name, key in trained.items()}
+    return {"concepts": concepts, "measures": {"concepts": measures}}
 
 
 def test_published_listed_compared(make: Make, destination: str) -> None:
@@ -277,6 +279,23 @@ def test_a_damaged_manifest_is_none(make: Make, tmp_path: Path, damage: str | di
         with pytest.raises(ValueError, match=r"v0002: manifest.json: damaged: "):
             read_it(f"{destination}/v0002")
     assert publish(make("two"), destination).version == "v0003"
+
+
+def test_the_command_names_what_is_wrong(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["release", *arguments])
+        return "".join(capsys.readouterr())
+
+    releases = tmp_path / "releases"
+    publish(make("one"), str(releases))
+    (releases / "v0001/manifest.json").write_text("[1]")
+    assert said("list", str(releases)).startswith("v0001    damaged; `release verify` says how")
+    assert said("show", str(releases)).startswith(f"error: {releases}/v0001: manifest.json: damaged: ")
+    # what is not installed is named, and no traceback
+    for place, package in (("gs://models", "gcsfs"), ("az://models", "adlfs")):
+        assert said("list", place).startswith("error: ") and package in said("list", place)
+        assert "Traceback" not in said("list", place)
 
 
 @pytest.mark.parametrize("destination", ["s3"], indirect=True)
