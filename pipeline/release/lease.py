@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -139,23 +138,22 @@ def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str
     try:
         try:
             value = json.loads(fs.cat_file(path))
-            seconds, until, holder = _length(value["seconds"]), float(value["until"]), str(value["holder"])
-            if not math.isfinite(until):
-                raise ValueError(until)
-        except (ValueError, KeyError, TypeError):  # its process died (or is) between creating and writing it
+            length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])
+            if not (math.isfinite(length) and math.isfinite(until)):
+                raise ValueError(value)
+            seconds = length
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ):  # its process died (or is) between creating and writing it
             until, holder = fs.modified(path).timestamp() + seconds, ""
     except FileNotFoundError:  # a later one has come
         return 0.0, ""
     if until > time.time() + 2 * seconds:  # by a clock that is, or was, wrong
         return 0.0, holder
     return until, holder
-
-
-def _length(value: Any) -> float:
-    seconds = float(value)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(value)
-    return seconds
 
 
 def _content(seconds: float, until: float) -> bytes:
