@@ -428,6 +428,12 @@ def _is_from_outside(error: Exception) -> bool:
     return any(name in sys.modules and isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds)
 
 
+def _is_missing_storage(error: ImportError) -> bool:
+    """Whether fsspec raised it for a URL, as in `gs://…`, whose package is not installed."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == "fsspec.registry"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
     of ours is a traceback and exit code 2, too: 1 says that something was released."""
@@ -442,12 +448,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        # of a copy both: which of them the disk is full of, or cannot be read, is not said
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        place = f"{' -> '.join(names)}: " if names else ""
         print(f"error: {place}{error.strerror or error}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if _is_from_outside(error):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, ImportError) and _is_missing_storage(error):
+            print(f"error: {error}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.exit(2)

@@ -26,10 +26,11 @@ def list_(releases: Releases) -> None:
         raise ValueError(f"{releases}: no releases here")
     for version in found:
         if version.manifest is None:
-            print(f"{version.name:8} half-written; `release gc` removes it when it is a day old")
+            what = "damaged; `release verify` says how" if version.is_damaged else "half-written"
+            print(f"{version.name:8} {what}; `release gc` removes it when it is a day old")
             continue
         size = sum(entry["size"] for entry in version.manifest["files"].values())
-        facts = version.manifest.get("provenance", {})
+        facts = version.manifest["provenance"]
         print(
             f"{version.name:8} {version.manifest['created']}  {size / 1e6:8.2f} MB  "
             f"{len(facts.get('concepts', ())):4} concepts  {' '.join(version.aliases)}".rstrip()
@@ -57,7 +58,10 @@ def promote(
     release: Release,
     alias: Alias = "latest",
     public_key: PublicKey = "",
-    signing_key: Annotated[str, typer.Option(help="Ed25519 private key (PEM), for a candidate.")] = "",
+    signing_key: Annotated[
+        str,
+        typer.Option(help="Ed25519 private key (PEM), for a candidate, which has to be signed by it or PUBLIC_KEY."),
+    ] = "",
 ) -> None:
     """Let an alias name a version; or publish RELEASES/candidates/KEY, which the gate refused, after all."""
     from pipeline.release.versions import promote as promote_release
@@ -71,11 +75,12 @@ def rollback(
     releases: Releases,
     alias: Alias = "latest",
     to: Annotated[str, typer.Option(help="Version, instead of the one before.")] = "",
+    public_key: PublicKey = "",
 ) -> None:
     """Let an alias name the version before the one it names; a retraining leaves it there until something changes."""
     from pipeline.release.versions import rollback as roll_back
 
-    left, version = roll_back(releases, alias, to)
+    left, version = roll_back(releases, alias, to, public_key=public_key)
     print(f"{alias} is {version}, was {left}")
 
 

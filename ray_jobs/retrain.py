@@ -225,7 +225,7 @@ def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> 
         folder = Path(scratch) / "candidate"
         shutil.copytree(store.path(last.kind, last.key), folder)
         shutil.copy(report, folder / "report.html")
-        return keep_candidate(folder, destination, last.key, facts)
+        return keep_candidate(folder, destination, last.key, facts, plan.batch.publish.signing_key)
 
 
 def _exit(left_out: Sequence[str]) -> Exit:

@@ -1,10 +1,11 @@
 """A lease on the releases of a place: who holds it is the only one to retrain there, until it ends or dies.
 
-    <destination>/.lease/000007.json    {"holder": …, "until": …}
+    <destination>/.lease/000007.json    {"holder": …, "seconds": …, "until": …}
 
 Leases are numbered, and a number is created by one process only (local file systems and object stores both can). The
 highest number counts: who finds it expired creates the next one. Numbers only grow, so that a run which slept through
-the end of its lease finds a higher one and knows. Machines' clocks may differ by less than the lease is long.
+the end of its lease finds a higher one and knows. Machines' clocks may differ by less than the lease is long; one that
+ends later than such clocks allow is not believed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import posixpath
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.release.publish import create, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +46,14 @@ class Lease:
         if time.time() >= self.until or _numbers(self.fs, self.folder)[-1:] != [self.number]:
             raise Busy("the lease ran out while this run was stopped or could not reach the store; nothing released")
 
-    def renew(self, seconds: float) -> None:
-        until = time.time() + seconds
-        _write(self.fs, _path(self.folder, self.number), until)
+    def renew(self) -> None:
+        self._end(time.time() + self.seconds)
+
+    def give_back(self) -> None:
+        self._end(time.time())  # not removed: numbers must not come again
+
+    def _end(self, until: float) -> None:
+        _write(self.fs, _path(self.folder, self.number), self.seconds, until)
         self.until = until
 
 
@@ -55,11 +64,11 @@ def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
     Args:
         seconds: after which it is anybody's, when this process dies.
         wait: seconds to wait for another run to end.
-    Raises: Busy when another run holds it.
+    Raises: Busy when another run holds it; ValueError when there is no such bucket.
     """
     fs, root = url_to_fs(destination.rstrip("/"))
     folder = f"{root}/.lease"
-    fs.makedirs(folder, exist_ok=True)
+    make_folder(fs, folder)
     held = _acquire(fs, folder, seconds, wait)
     ended = threading.Event()
 
@@ -67,7 +76,7 @@ def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
         while not ended.wait(seconds / 4):
             try:
                 held.check()
-                held.renew(seconds)
+                held.renew()
             except Busy:
                 return
             except Exception as error:  # storages have exceptions of their own; tried again, `check` says when too late
@@ -82,7 +91,7 @@ def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
         renewing.join()
         try:
             held.check()
-            held.renew(0)  # not removed: numbers must not come again
+            held.give_back()
         except Busy:
             pass
         except Exception as error:  # how the run ended is the news
@@ -97,14 +106,17 @@ def _acquire(fs: AbstractFileSystem, folder: str, seconds: float, wait: float) -
         if time.time() >= until:
             number, until = (numbers[-1] if numbers else 0) + 1, time.time() + seconds
             # created, but with a higher number beside it: one that had been taken, given back and removed meanwhile
-            if _create(fs, _path(folder, number), until) and _numbers(fs, folder)[-1] == number:
+            if _create(fs, _path(folder, number), seconds, until) and _numbers(fs, folder)[-1] == number:
                 for old in numbers:
                     with contextlib.suppress(FileNotFoundError):
                         fs.rm_file(_path(folder, old))
                 return Lease(fs, folder, number, seconds, until)
             continue  # another was first: see how long it is that one's
         if time.monotonic() >= deadline:
-            raise Busy(f"{posixpath.dirname(folder)}: {holder or 'another run'} is at work here")
+            path = _path(folder, numbers[-1])
+            path = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+            end = datetime.fromtimestamp(until, UTC).isoformat(timespec="seconds")
+            raise Busy(f"{path}: {holder or 'another run'} is at work here; its lease ends at {end} if not renewed")
         time.sleep(min(5.0, max(0.1, until - time.time()), max(0.1, deadline - time.monotonic())))
 
 
@@ -122,39 +134,51 @@ def _numbers(fs: AbstractFileSystem, folder: str) -> list[int]:
 
 
 def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str]:
-    """Until when it is held, and by whom."""
+    """Until when it is held, and by whom. seconds: length of a lease that does not say its own."""
     try:
-        value = json.loads(fs.cat_file(path))
-        return float(value["until"]), str(value["holder"])
+        try:
+            value = json.loads(fs.cat_file(path))
+            length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])
+            if not (math.isfinite(length) and math.isfinite(until)):
+                raise ValueError(value)
+            seconds = length
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+        ):  # its process died (or is) between creating and writing it
+            until, holder = fs.modified(path).timestamp() + seconds, ""
     except FileNotFoundError:  # a later one has come
         return 0.0, ""
-    except (ValueError, KeyError, TypeError):  # its process died (or is) between creating and writing it
-        return fs.modified(path).timestamp() + seconds, ""
+    if until > time.time() + 2 * seconds:  # by a clock that is, or was, wrong
+        return 0.0, holder
+    return until, holder
 
 
-def _content(until: float) -> bytes:
-    value: dict[str, Any] = {"holder": f"{socket.gethostname()}, process {os.getpid()}", "until": until}
+def _content(seconds: float, until: float) -> bytes:
+    value = {"holder": f"{socket.gethostname()}, process {os.getpid()}", "seconds": seconds, "until": until}
     return json.dumps(value).encode()
 
 
-def _create(fs: AbstractFileSystem, path: str, until: float) -> bool:
+def _create(fs: AbstractFileSystem, path: str, seconds: float, until: float) -> bool:
     """Whether this process created it: at most one does."""
     try:
         if isinstance(fs, LocalFileSystem):
             with open(path, "xb") as f:
-                f.write(_content(until))
+                f.write(_content(seconds, until))
         else:
-            fs.pipe_file(path, _content(until), mode="create")
+            create(fs, path, _content(seconds, until))
     except FileExistsError:
         return False
     return True
 
 
-def _write(fs: AbstractFileSystem, path: str, until: float) -> None:
+def _write(fs: AbstractFileSystem, path: str, seconds: float, until: float) -> None:
     if isinstance(fs, LocalFileSystem):
         part = f"{path}.part"
         with open(part, "wb") as f:
-            f.write(_content(until))
+            f.write(_content(seconds, until))
         os.replace(part, path)
     else:
-        fs.pipe_file(path, _content(until))
+        fs.pipe_file(path, _content(seconds, until))

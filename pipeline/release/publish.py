@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from pipeline.release.manifest import FORMAT, Described, content_sum, leaves_its_folder, own_sum, parse
 from pipeline.release.sign import Sign, is_signed, signer
 
 MANIFEST = "manifest.json"
@@ -46,7 +47,7 @@ class ReleaseInfo:
 
     version: `v0001`.
     url: its place, destination and version.
-    manifest: what `manifest.json` says: version, created, content, files, provenance.
+    manifest: what `manifest.json` says: version, created, content, files, provenance, sum.
     created: False when this content was published already and no version was added.
     """
 
@@ -66,7 +67,7 @@ def publish(
     """Publish a prepared folder as the next version under `destination`, whole or not at all.
 
     Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
-    What `latest` was rolled back from stays remembered there.
+    What `latest` was rolled back from is forgotten when it moves: something was released after it.
 
     Args:
         folder: what to publish, with its sub-folders; without its own `manifest.json` if it has one, as artifacts of
@@ -74,13 +75,15 @@ def publish(
         destination: local folder or fsspec URL (`s3://bucket/models/cats`).
         provenance: JSON values kept in the manifest: where the content came from; when None, what the folder's own
             manifest says, as that of a release does.
-        signing_key: PEM file of an Ed25519 private key; none, no signature.
+        signing_key: PEM file of an Ed25519 private key; none, no signature. A version that has this content already,
+            unsigned, gets its signature if its manifest says what is said here; else it does not count as published:
+            nothing is signed that somebody else may have written.
         check: called right before `latest.json` moves. Where it raises, the version stays, whole, and `latest.json`
             names another: published again, it is the newest and not written a second time.
 
     Raises:
-        ValueError: no such folder, nothing in it, a file in it has a name that publishing uses, provenance is not JSON,
-            the key cannot be used.
+        ValueError: no such folder, nothing in it, a file in it has a name that cannot be used, provenance is not JSON
+            or of another form, the key cannot be used, no such bucket.
         OSError: what the file system says (a full disk); what was half-written is removed.
         RuntimeError: what was written is not what was to be.
     """
@@ -88,36 +91,38 @@ def publish(
     sign = signer(signing_key)
     destination = destination.rstrip("/")
     fs, root = url_to_fs(destination)
-    fs.makedirs(root, exist_ok=True)
+    make_folder(fs, root)
     fs.invalidate_cache()
-    known = _published(fs, root, destination, manifest["content"])
+    known = _published(fs, root, destination, manifest, sign, signing_key)
     if known:
         log.info("%s has this content already, as %s: no new version", destination, known["version"])
     else:
         write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
         manifest = write(fs, root, folder, manifest, sign)
     found = known or manifest
-    before = alias_of(fs, root)
-    if before.get("version") != found["version"]:
+    if version_of(fs, root) != found["version"]:
         check()
-        move_alias(fs, root, "latest", found["version"], before.get("rolled_back", ()))
+        move_alias(fs, root, "latest", found["version"])
     return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
 
 
-def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[str, Any]) -> str:
+def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[str, Any], signing_key: str = "") -> str:
     """Keep what is not to be released at `destination/candidates/name`, in the form of a release but for the number.
-    One of this name that is there already, undamaged, stays as it is.
+    One of this name that is there already, undamaged and signed if it is to be, stays as it is.
 
     Raises: as `publish`.
     """
+    sign = signer(signing_key)
     fs, root = url_to_fs(destination.rstrip("/"))
     url, place = f"{destination.rstrip('/')}/{CANDIDATES}/{name}", f"{root}/{CANDIDATES}/{name}"
-    if manifest_of(fs, f"{root}/{CANDIDATES}", name) and not verify(url):
+    if manifest_of(fs, f"{root}/{CANDIDATES}", name) and not verify(url, signing_key):
         return url
-    manifest = _described(folder, provenance) | {"created": _now()}
+    manifest = _summed({"created": _now()} | _described(folder, provenance))
+    if fs.exists(place):
+        remove(fs, place)
     with _removed_on_failure(fs, place):
         _copy(fs, folder, place, manifest["files"])
-        _write_json(fs, f"{place}/{MANIFEST}", manifest)
+        _write_manifest(fs, place, manifest, sign)
     return url
 
 
@@ -132,19 +137,16 @@ def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any
             raise ValueError(f"{folder / name}: publishing writes a file of this name itself; rename it")
     if provenance is None:
         known = manifest_of(LocalFileSystem(), str(folder.parent), folder.name)
-        provenance = known.get("provenance") if isinstance(known, dict) else None
+        provenance = known["provenance"] if known else {}
     files = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in paths}
-    manifest: dict[str, Any] = {
-        "format": 1,
-        "content": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-        "files": files,
-        "provenance": provenance or {},
-    }
+    if bad := [name for name in files if leaves_its_folder(name)]:
+        raise ValueError(f"{folder}: {bad[0]!r}: no name for a file of a release; rename it")
+    manifest = {"format": FORMAT, "content": content_sum(files), "files": files, "provenance": provenance}
     try:
-        json.dumps(manifest, allow_nan=False)
+        text = json.dumps(manifest, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance: not JSON values: {error}") from None
-    return manifest
+    return parse(text, Described)
 
 
 def resolve(destination: str) -> str:
@@ -184,15 +186,13 @@ def verify(release: str, public_key: str = "") -> list[str]:
     fs, root = url_to_fs(resolve(release))
     try:
         text = fs.cat_file(f"{root}/{MANIFEST}")
-        manifest = json.loads(text)
-        files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
-        content = manifest["content"]
+        manifest = parse(text)
     except FileNotFoundError:
         return [f"{MANIFEST}: missing; this version was not published whole"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST}: damaged: {error!r}"]
+    except ValueError as error:
+        return [f"{MANIFEST}: damaged: {error}"]
     problems = []
-    found = _files(fs, root) - {MANIFEST}
+    found = files_of(fs, root) - {MANIFEST}
     if public_key:
         if SIGNATURE not in found:
             problems.append(f"{SIGNATURE}: missing; the release is not signed")
@@ -202,11 +202,18 @@ def verify(release: str, public_key: str = "") -> list[str]:
     name = posixpath.basename(root)
     if VERSION.fullmatch(name) and manifest.get("version") != name:
         problems.append(f"{MANIFEST}: of {manifest.get('version')}, in the folder of {name}")
-    if hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest() != content:
+    if content_sum(manifest["files"]) != manifest["content"]:
         problems.append(f"{MANIFEST}: changed: its list of files does not match its own sum")
-    problems += [f"{name}: missing" for name in sorted(files.keys() - found)]
-    problems += [f"{name}: extra, not in the manifest" for name in sorted(found - files.keys())]
-    return problems + _changed(fs, root, {name: files[name] for name in sorted(files.keys() & found)})
+    elif manifest["format"] >= FORMAT and own_sum(manifest) != manifest.get("sum"):
+        problems.append(f"{MANIFEST}: changed: it does not match its own sum")
+    files = {name: (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
+    outside = {name for name in files.keys() | found if leaves_its_folder(name)}
+    problems += [
+        f"{name!r}: no name for a file of a release: it may lead out of its folder" for name in sorted(outside)
+    ]
+    problems += [f"{name}: missing" for name in sorted(files.keys() - found - outside)]
+    problems += [f"{name}: extra, not in the manifest" for name in sorted(found - files.keys() - outside)]
+    return problems + _changed(fs, root, {name: files[name] for name in sorted((files.keys() & found) - outside)})
 
 
 # --- writing -------------------------------------------------------------------------------------------
@@ -242,8 +249,8 @@ def _write_remote(
         manifest = _numbered(manifest, _next_version(fs, root))
         place = f"{root}/{manifest['version']}"
         with contextlib.suppress(FileExistsError):  # another publisher is at this number
-            fs.pipe_file(f"{place}/{CLAIM}", b"", mode="create")
-            if _files(fs, place) == {CLAIM}:
+            create(fs, f"{place}/{CLAIM}", b"")
+            if files_of(fs, place) == {CLAIM}:
                 break
             fs.rm_file(f"{place}/{CLAIM}")  # another publisher was there since we looked
         fs.invalidate_cache()
@@ -258,7 +265,7 @@ def _copy(fs: AbstractFileSystem, folder: Path, place: str, files: dict[str, dic
     total = sum(entry["size"] for entry in files.values())
     with tqdm(total=total, desc="publish", unit="B", unit_scale=True, disable=None) as bar:
         for name, entry in files.items():
-            fs.makedirs(posixpath.dirname(f"{place}/{name}"), exist_ok=True)
+            make_folder(fs, posixpath.dirname(f"{place}/{name}"))
             fs.put_file(str(folder / name), f"{place}/{name}")
             bar.update(entry["size"])
     # read back, so that neither a short write nor a file that changed meanwhile is published
@@ -272,14 +279,36 @@ def _removed_on_failure(fs: AbstractFileSystem, place: str) -> Iterator[None]:
     try:
         yield
     except BaseException:  # also Ctrl-C
-        # what stopped the publication is the news, not what stopped the cleaning; the manifest goes first, so that
-        # the rest never looks complete
+        # what stopped the publication is the news, not what stopped the cleaning
         with contextlib.suppress(OSError):
-            if fs.exists(f"{place}/{MANIFEST}"):
-                fs.rm_file(f"{place}/{MANIFEST}")
             if fs.exists(place):
-                fs.rm(place, recursive=True)
+                remove(fs, place)
         raise
+
+
+def remove(fs: AbstractFileSystem, place: str) -> None:
+    """Remove a version or candidate; the manifest goes first, so that what is half removed never looks whole."""
+    if fs.exists(f"{place}/{MANIFEST}"):
+        fs.rm_file(f"{place}/{MANIFEST}")
+    fs.rm(place, recursive=True)
+
+
+def make_folder(fs: AbstractFileSystem, folder: str) -> None:
+    """Make a folder where there are folders; object stores have none, and s3fs would make a bucket."""
+    if isinstance(fs, LocalFileSystem):
+        fs.makedirs(folder, exist_ok=True)
+
+
+def create(fs: AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write an object, not a local file, that is not there yet.
+
+    Raises: FileExistsError when it is; ValueError when its bucket is not.
+    """
+    try:
+        fs.pipe_file(path, content, mode="create")
+    except FileNotFoundError:
+        bucket = fs.unstrip_protocol(path.partition("/")[0])
+        raise ValueError(f"{bucket}: no such bucket; make it first, or correct the name") from None
 
 
 def move_alias(fs: AbstractFileSystem, root: str, alias: str, version: str, rolled_back: Iterable[str] = ()) -> None:
@@ -323,9 +352,15 @@ def _sync(path: Path) -> None:
 
 
 def _numbered(manifest: dict[str, Any], number: int) -> dict[str, Any]:
-    return {"version": f"v{number:04d}", "created": _now()} | {
-        k: v for k, v in manifest.items() if k not in ("version", "created")
-    }
+    return _summed({"version": f"v{number:04d}", "created": _now()} | _unnumbered(manifest))
+
+
+def _unnumbered(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key not in ("version", "created", "sum")}
+
+
+def _summed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest | {"sum": own_sum(manifest)}
 
 
 def _now() -> str:
@@ -349,19 +384,24 @@ def _next_version(fs: AbstractFileSystem, root: str) -> int:
 
 
 def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[str, Any]:
-    """What an alias says (`version`, …); empty when there is none.
+    """What an alias says (`version`, …); empty when there is none: other JSON files may lie there, without `version`.
 
     Raises: ValueError when it is damaged.
     """
+    path = f"{root}/{alias}.json"
     try:
-        content = json.loads(fs.cat_file(f"{root}/{alias}.json"))
-        version = content["version"]
+        content = json.loads(fs.cat_file(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root}/{alias}.json: damaged: {error!r}") from None
-    if not isinstance(version, str) or not VERSION.fullmatch(version):
-        raise ValueError(f"{root}/{alias}.json: names no version: {version!r}")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    if alias != "latest" and not (isinstance(content, dict) and "version" in content):
+        return {}
+    if not isinstance(content, dict) or not isinstance(content.get("rolled_back", []), list):
+        raise ValueError(f"{path}: damaged: it says {content!r}")
+    for version in (content.get("version"), *content.get("rolled_back", [])):
+        if not isinstance(version, str) or not VERSION.fullmatch(version):
+            raise ValueError(f"{path}: damaged: names no version: {version!r}")
     return content
 
 
@@ -371,28 +411,46 @@ def version_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> str 
 
 
 def manifest_of(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any] | None:
-    """Manifest of a version; None if it was not published whole."""
+    """Manifest of a version; None if it was not published whole, or its manifest is damaged."""
     try:
-        return json.loads(fs.cat_file(f"{root}/{version}/{MANIFEST}"))
+        return parse(fs.cat_file(f"{root}/{version}/{MANIFEST}"))
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _published(fs: AbstractFileSystem, root: str, destination: str, content: str) -> dict[str, Any] | None:
+def _published(
+    fs: AbstractFileSystem, root: str, destination: str, manifest: dict[str, Any], sign: Sign | None, signing_key: str
+) -> dict[str, Any] | None:
     """Manifest of the version that has this content already, undamaged: the latest one, or the newest one whole (a
-    publication may have been stopped before `latest.json` moved)."""
+    publication may have been stopped before `latest.json` moved). Signed, if it is to be."""
     names = [name for _, name in reversed(versions(fs, root))]
     newest = next((name for name in names if manifest_of(fs, root, name)), None)
     for version in dict.fromkeys((version_of(fs, root), newest)):
-        manifest = manifest_of(fs, root, version) if version else None
-        if manifest and manifest.get("content") == content and not verify(f"{destination}/{version}"):
-            return manifest
+        known = manifest_of(fs, root, version) if version else None
+        if not known or known["content"] != manifest["content"] or verify(f"{destination}/{version}"):
+            continue
+        if sign and not _sign_known(fs, f"{root}/{version}", manifest, sign, signing_key):
+            continue
+        return known
     return None
 
 
-def _files(fs: AbstractFileSystem, root: str) -> set[str]:
+def _sign_known(fs: AbstractFileSystem, place: str, manifest: dict[str, Any], sign: Sign, signing_key: str) -> bool:
+    """Whether a version is signed by the key now. A missing signature is made only where the manifest says the same as
+    the one that would be written: whoever can write there may have changed it."""
+    text = fs.cat_file(f"{place}/{MANIFEST}")
+    if fs.exists(f"{place}/{SIGNATURE}"):
+        return is_signed(text, fs.cat_file(f"{place}/{SIGNATURE}"), signing_key)
+    if _unnumbered(parse(text)) != manifest:
+        return False
+    fs.pipe_file(f"{place}/{SIGNATURE}", sign(text))
+    return True
+
+
+def files_of(fs: AbstractFileSystem, root: str) -> set[str]:
+    """Names of all files of a version, relative to it, as the store has them: see `leaves_its_folder`."""
     fs.invalidate_cache()
-    return {path[len(root) :].lstrip("/") for path in fs.find(root)}
+    return {path[len(root) + 1 :] for path in fs.find(root)}
 
 
 def _changed(fs: AbstractFileSystem, root: str, files: dict[str, tuple[str, int]]) -> list[str]:

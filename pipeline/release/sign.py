@@ -27,14 +27,18 @@ def signer(key: str) -> Sign | None:
 
 
 def is_signed(content: bytes, signature: bytes, key: str) -> bool:
-    """Whether a signature of the content is by a public key (PEM file).
+    """Whether a signature of the content is by a public key (PEM file), or by the private one that is given.
 
     Raises: ValueError when the file is no such key.
     """
     serialization, ed25519, wrong = _cryptography()
     try:
-        public = serialization.load_pem_public_key(Path(key).read_bytes())
-    except (OSError, ValueError) as error:
+        pem = Path(key).read_bytes()
+        if b"PRIVATE KEY" in pem:
+            public = serialization.load_pem_private_key(pem, password=None).public_key()
+        else:
+            public = serialization.load_pem_public_key(pem)
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{key}: no public key that can be read (PEM): {error}") from None
     if not isinstance(public, ed25519.Ed25519PublicKey):
         raise ValueError(f"{key}: no Ed25519 key; `openssl pkey -pubout` makes the public one of a private one")

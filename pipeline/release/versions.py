@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import tempfile
 import time
@@ -12,15 +13,18 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from pipeline.release.manifest import leaves_its_folder
 from pipeline.release.publish import (
     ALIAS,
     CANDIDATES,
     MANIFEST,
     VERSION,
     alias_of,
+    files_of,
     manifest_of,
     move_alias,
     publish,
+    remove,
     resolve,
     verify,
     version_of,
@@ -33,21 +37,24 @@ GRACE = 24 * 3600
 
 @dataclass(frozen=True)
 class Version:
-    """manifest: None when it was not published whole. aliases: that name it."""
+    """manifest: None when it was not published whole, or is damaged. aliases: that name it."""
 
     name: str
     manifest: dict[str, Any] | None
     aliases: tuple[str, ...]
+    is_damaged: bool = False
 
 
 def listed(destination: str) -> list[Version]:
-    """All versions of a folder or URL of releases, oldest first, half-written ones too."""
+    """All versions of a folder or URL of releases, oldest first, half-written and damaged ones too."""
     fs, root = _open(destination)
     named = aliases(fs, root)
-    return [
-        Version(name, manifest_of(fs, root, name), tuple(a for a, version in named.items() if version == name))
-        for _, name in versions(fs, root)
-    ]
+    found = []
+    for _, name in versions(fs, root):
+        manifest = manifest_of(fs, root, name)
+        is_damaged = manifest is None and fs.exists(f"{root}/{name}/{MANIFEST}")
+        found.append(Version(name, manifest, tuple(a for a, v in named.items() if v == name), is_damaged))
+    return found
 
 
 def aliases(fs: AbstractFileSystem, root: str) -> dict[str, str]:
@@ -69,7 +76,7 @@ def read(release: str) -> dict[str, Any]:
     fs, root = url_to_fs(place)
     manifest = manifest_of(fs, posixpath.dirname(root), posixpath.basename(root))
     if manifest is None:
-        raise ValueError(f"{place}: no {MANIFEST}, or a damaged one; this version was not published whole")
+        raise ValueError(f"{place}: {verify(place)[0]}")
     return manifest
 
 
@@ -97,7 +104,9 @@ def diff(old: str, new: str) -> list[str]:
             values = [
                 f"{score} {sides[0][score]:.3f} -> {sides[1][score]:.3f}"
                 for score in sides[0]
-                if score in sides[1] and not score.endswith("_se") and score != "samples"
+                if not score.endswith("_se")
+                and score != "samples"
+                and all(isinstance(side.get(score), int | float) for side in sides)
             ]
             lines.append(f"{what:9} {name:24} {', '.join(values)}".rstrip())
     flat = [_flat({k: v for k, v in m.get("provenance", {}).items() if k in _COMPARED}) for m in (before, after)]
@@ -122,19 +131,25 @@ def promote(release: str, alias: str = "latest", *, public_key: str = "", signin
     version than the alias named, that one is remembered as rolled back from, as by `rollback`.
 
     Args:
-        public_key: PEM file; a version must be signed by it. signing_key: PEM file; a candidate's manifest is signed.
+        public_key: PEM file; the version or candidate must be signed by it.
+        signing_key: PEM file that the release made of a candidate is signed by. The candidate must be, too, unless it
+            is by `public_key`: what lies unsigned in a store, anybody may have written.
     Returns: the version.
-    Raises: ValueError when there is no such version, it is not whole or unchanged, or the alias cannot be a name.
+    Raises: ValueError when there is no such version, it is not whole or unchanged, not signed so, or the alias cannot
+        be a name.
     """
     if not ALIAS.fullmatch(alias):
         raise ValueError(f"--alias {alias!r}: lower-case letters, digits, `-` and `_`, and not a version's name")
     place = resolve(release)
+    place = place if "://" in place else os.path.abspath(place)
     above, _, version = place.rpartition("/")
     destination, _, folder = above.rpartition("/")
     is_candidate = folder == CANDIDATES
-    if not above or not (is_candidate or VERSION.fullmatch(version)):
+    if not (is_candidate or VERSION.fullmatch(version)):
         raise ValueError(f"{release}: not a version; name one like RELEASES/v0002")
-    if problems := verify(place, "" if is_candidate else public_key):
+    if signing_key and not is_candidate:
+        raise ValueError(f"--signing-key: {release} is released already; `polyconcept publish --signing-key` signs it")
+    if problems := verify(place, public_key or signing_key):
         raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot promoted")
     if is_candidate:
         if alias != "latest":
@@ -152,24 +167,32 @@ def promote(release: str, alias: str = "latest", *, public_key: str = "", signin
 
 
 def fetch(place: str, into: Path) -> Path:
-    """Copy a version or candidate to a local folder of its name in `into`; returns that."""
+    """Copy a version or candidate to a local folder of its name in `into`; returns that.
+
+    Raises: ValueError when a file's name leads out of that folder.
+    """
     fs, root = url_to_fs(place)
     folder = into / posixpath.basename(root)
-    names = [path[len(root) + 1 :] for path in fs.find(root)]
+    names = sorted(files_of(fs, root))
+    if bad := [name for name in names if leaves_its_folder(name)]:
+        raise ValueError(f"{place}: {bad[0]!r}: leads out of its folder; not copied")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     fs.get([f"{root}/{name}" for name in names], [str(folder / name) for name in names])
     return folder
 
 
-def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str, str]:
+def rollback(destination: str, alias: str = "latest", to: str = "", *, public_key: str = "") -> tuple[str, str]:
     """Let an alias name the version before the one it names, or `to`, whose sums are recomputed first.
 
     What is rolled back from is remembered in the alias, so that the same content is not released again by itself, nor
-    rolled back to, until it is promoted.
+    rolled back to, until it is promoted or something is released after it.
 
+    Args:
+        public_key: PEM file; the version that is moved to must be signed by it.
     Returns: the versions from and to which it moved.
-    Raises: ValueError when there is no such alias or no whole version before, or its files have changed.
+    Raises: ValueError when there is no such alias or no whole version before, its files have changed, or it is not
+        signed so.
     """
     fs, root = _open(destination)
     content = alias_of(fs, root, alias)
@@ -184,7 +207,7 @@ def rollback(destination: str, alias: str = "latest", to: str = "") -> tuple[str
         raise ValueError(f"{destination}: no whole version before {left}, which {alias} names")
     if target not in names or target == left:
         raise ValueError(f"{destination}: no other version {target!r}; there are {', '.join(names)}")
-    if problems := verify(f"{destination.rstrip('/')}/{target}"):
+    if problems := verify(f"{destination.rstrip('/')}/{target}", public_key):
         raise ValueError(
             "\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to"
         )
@@ -223,9 +246,7 @@ def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
     done = []
     for name in removed:
         if name not in _named(fs, root):  # again: an alias may have moved meanwhile
-            if fs.exists(f"{root}/{name}/{MANIFEST}"):  # first: what is half removed is no release
-                fs.rm_file(f"{root}/{name}/{MANIFEST}")
-            fs.rm(f"{root}/{name}", recursive=True)
+            remove(fs, f"{root}/{name}")
             done.append(name)
     return done
 

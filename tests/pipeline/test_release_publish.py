@@ -147,7 +147,13 @@ def test_bad_input(make: Make, destination: str, tmp_path: Path) -> None:
         publish(tmp_path / "absent", destination)
     with pytest.raises(ValueError, match="not JSON"):
         publish(make(), destination, {"path": tmp_path})
+    with pytest.raises(ValueError, match=r"provenance\.concepts"):
+        publish(make(), destination, {"concepts": ["cat"]})
     folder = make()
+    (folder / "a\\b").write_text("")
+    with pytest.raises(ValueError, match=r"no name for a file of a release"):
+        publish(folder, destination)
+    (folder / "a\\b").unlink()
     (folder / "latest.json").write_text("{}")
     with pytest.raises(ValueError, match="rename it"):
         publish(folder, destination)

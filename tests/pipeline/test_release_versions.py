@@ -1,6 +1,8 @@
 """What is done with releases: listed, compared, promoted, rolled back, signed, removed; on disk and on S3."""
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,8 +15,10 @@ from botocore.exceptions import EndpointConnectionError
 
 from pipeline.release import versions as module
 from pipeline.release.lease import Busy, lease
+from pipeline.release.manifest import content_sum, own_sum
 from pipeline.release.publish import keep_candidate, publish, resolve, verify
-from pipeline.release.versions import diff, gc, listed, promote, read, rollback
+from pipeline.release.versions import diff, fetch, gc, listed, promote, read, rollback
+from ray_jobs.cli import main
 
 Make = Callable[..., Path]
 
@@ -40,7 +44,8 @@ def make(tmp_path: Path) -> Make:
 
 def facts(**trained: str) -> dict:
     measures = {name: {"image": 0.5, "image_se": 0.1, "samples": 4} for name in trained}
-    return {"concepts": {n: {"training": key} for n, key in trained.items()}, "measures": {"concepts": measures}}
+    concepts = {name: {"token": f"<{name}>", "class_word": name, "training": key} for name, key in trained.items()}
+    return {"concepts": concepts, "measures": {"concepts": measures}}
 
 
 def test_published_listed_compared(make: Make, destination: str) -> None:
@@ -83,12 +88,14 @@ def test_rollback(make: Make, destination: str) -> None:
     with pytest.raises(ValueError, match=r"README.md: changed(.|\n)*not promoted"):
         promote(f"{destination}/v0001")
     assert resolve(destination) == f"{destination}/v0002"
-    # nor does a new release make it wanted again; only promoting does
-    publish(make("four"), destination)
-    assert rollback(destination) == ("v0004", "v0002")
+    # wanted again: promoted, or something was released after it
     promote(f"{destination}/v0003")
-    promote(f"{destination}/v0004")
+    publish(make("four"), destination)
     assert rollback(destination) == ("v0004", "v0003")
+    assert rollback(destination) == ("v0003", "v0002")
+    publish(make("five"), destination)
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005"}
+    assert rollback(destination) == ("v0005", "v0004")
 
 
 def test_promoting_an_older_version_is_a_rollback(make: Make, destination: str) -> None:
@@ -97,13 +104,15 @@ def test_promoting_an_older_version_is_a_rollback(make: Make, destination: str) 
     promote(f"{destination}/v0003")
     fs, root = fsspec.core.url_to_fs(destination)
     assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0003", "rolled_back": ["v0004"]}
-    publish(make("five"), destination)
-    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005", "rolled_back": ["v0004"]}
-    assert rollback(destination) == ("v0005", "v0003")
+    promote(f"{destination}/v0002")
     # what people do not want is remembered, and so it stays
-    assert gc(destination, keep=1) == ["v0001", "v0002"]
-    promote(f"{destination}/v0005")
-    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005", "rolled_back": ["v0004"]}
+    assert gc(destination, keep=1) == ["v0001"]
+    promote(f"{destination}/v0003")
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0003", "rolled_back": ["v0004"]}
+    # until something is released after it
+    publish(make("five"), destination)
+    assert json.loads(fs.cat_file(f"{root}/latest.json")) == {"version": "v0005"}
+    assert gc(destination, keep=1) == ["v0002", "v0003", "v0004"]
 
 
 def test_a_candidate_is_kept_and_may_be_promoted(make: Make, destination: str) -> None:
@@ -138,6 +147,13 @@ def test_gc(make: Make, destination: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert [v.name for v in listed(destination)] == ["v0002", "v0005"]
     assert verify(destination) == verify(f"{destination}/production") == []
     assert gc(destination, keep=1) == []
+    # other JSON files lie there: they are no aliases, of which a damaged one stops it
+    fs.pipe_file(f"{root}/summary.json", b'{"release": "v0005"}')
+    assert gc(destination, keep=1) == [] and listed(destination)[-1].aliases == ("latest",)
+    fs.pipe_file(f"{root}/staging.json", b'{"versi')
+    with pytest.raises(ValueError, match=r"staging.json: damaged"):
+        gc(destination, keep=1)
+    fs.rm_file(f"{root}/staging.json")
     # an alias that is moved while others are removed
     publish(make("six"), destination)
     named = module._named
@@ -170,14 +186,40 @@ def test_signed_releases(make: Make, destination: str, tmp_path: Path) -> None:
         fs.get_file(f"{root}/{name}", str(tmp_path / name))
     check = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", ours, "-rawin", "-in", tmp_path / "manifest.json"]
     subprocess.run([*check, "-sigfile", tmp_path / "manifest.json.sig"], check=True)
-    # a manifest that was changed with all its sums
-    manifest = json.loads(fs.cat_file(f"{root}/manifest.json")) | {"provenance": {"made_by": "someone else"}}
-    fs.pipe_file(f"{root}/manifest.json", json.dumps(manifest).encode())
+    # a manifest that was changed, also with all its sums
+    forge(url, {"provenance": {"made_by": "someone else"}, "sum": read(url)["sum"]})
+    assert verify(url) == ["manifest.json: changed: it does not match its own sum"]
+    forge(url, {"provenance": {"made_by": "someone else"}})
     assert verify(url) == [] and "manifest.json was changed" in verify(url, ours)[0]
     unsigned = publish(make("two"), destination).url
     assert verify(unsigned, ours) == ["manifest.json.sig: missing; the release is not signed"]
-    with pytest.raises(ValueError, match="not signed"):
-        promote(unsigned, "production", public_key=ours)
+    for moved in (
+        lambda: promote(unsigned, "production", public_key=ours),
+        lambda: rollback(destination, to="v0001", public_key=ours),
+    ):
+        with pytest.raises(ValueError, match=r"not signed|not by this key"):
+            moved()
+    # published again with the key it is signed, where its manifest says the same
+    again = publish(make("two"), destination, signing_key=key)
+    assert (again.url, again.created, verify(unsigned, ours)) == (unsigned, False, [])
+    fs.rm_file(fs._strip_protocol(f"{unsigned}/manifest.json.sig"))
+    forge(unsigned, {"provenance": {"gate": []}})
+    assert publish(make("two"), destination, signing_key=key).version == "v0003"
+    assert verify(destination, ours) == [] and len(verify(unsigned, ours)) == 1
+    # nor is a candidate signed by promoting it
+    place = keep_candidate(make("three"), destination, "0a1b", {})
+    for keys in ({"public_key": ours}, {"signing_key": key}):
+        with pytest.raises(ValueError, match="the release is not signed"):
+            promote(place, **keys)
+    assert verify(keep_candidate(make("three"), destination, "0a1b", {}, key), ours) == []
+    forge(place, {"provenance": {"gate": []}})
+    with pytest.raises(ValueError, match="not by this key"):
+        promote(place, signing_key=key)
+    # kept again, as it was
+    assert promote(keep_candidate(make("three"), destination, "0a1b", {}, key), signing_key=key) == "v0004"
+    assert verify(destination, ours) == []
+    with pytest.raises(ValueError, match="--signing-key"):
+        promote(unsigned, signing_key=key)
     for wrong in (str(make("one") / "README.md"), str(tmp_path / "none")):
         with pytest.raises(ValueError, match="no private key"):
             publish(make("two"), destination, signing_key=wrong)
@@ -185,9 +227,104 @@ def test_signed_releases(make: Make, destination: str, tmp_path: Path) -> None:
             verify(url, wrong)
 
 
+def forge(url: str, changed: dict) -> None:
+    """Change a manifest, with its sums."""
+    fs, root = fsspec.core.url_to_fs(url)
+    manifest = json.loads(fs.cat_file(f"{root}/manifest.json")) | changed
+    manifest["content"] = content_sum(manifest["files"])
+    manifest |= {"sum": own_sum(manifest)} | changed
+    fs.pipe_file(f"{root}/manifest.json", json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize("destination", ["s3"], indirect=True)
+@pytest.mark.parametrize("name", ["../../../out.txt", "/out.txt", "a\\..\\out.txt", "./out.txt"])
+def test_names_that_lead_out_are_refused(make: Make, destination: str, tmp_path: Path, name: str) -> None:
+    """Object stores take any name; a forged manifest lists it."""
+    place = keep_candidate(make("one"), destination, "k1", {})
+    fs, root = fsspec.core.url_to_fs(place)
+    fs.pipe_file(f"{root}/{name}", b"evil")
+    forge(place, {"files": read(place)["files"] | {name: {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}}})
+    assert verify(place) == [f"{name!r}: no name for a file of a release: it may lead out of its folder"]
+    with pytest.raises(ValueError, match="no name for a file"):
+        promote(place)
+    (tmp_path / "a/b").mkdir(parents=True)
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        fetch(place, tmp_path / "a/b")
+    assert not list(tmp_path.rglob("out.txt"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[1]",
+        "{}",
+        {"provenance": []},
+        {"provenance": {"concepts": ["cat"]}},
+        {"files": {"README.md": "sum"}},
+        {"created": 1},
+    ],
+)
+def test_a_damaged_manifest_is_none(make: Make, tmp_path: Path, damage: str | dict) -> None:
+    destination = str(tmp_path / "releases")
+    for text in ("one", "two"):
+        publish(make(text), destination)
+    path = Path(destination, "v0002/manifest.json")
+    path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
+    assert [(v.name, v.manifest is None, v.is_damaged) for v in listed(destination)] == [
+        ("v0001", False, False),
+        ("v0002", True, True),
+    ]
+    assert verify(destination)[0].startswith("manifest.json: damaged: ")
+    for read_it in (read, promote, lambda release: diff(f"{destination}/v0001", release)):
+        with pytest.raises(ValueError, match=r"v0002: manifest.json: damaged: "):
+            read_it(f"{destination}/v0002")
+    assert publish(make("two"), destination).version == "v0003"
+
+
+def test_the_command_names_what_is_wrong(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["release", *arguments])
+        return "".join(capsys.readouterr())
+
+    releases = tmp_path / "releases"
+    publish(make("one"), str(releases))
+    (releases / "v0001/manifest.json").write_text("[1]")
+    assert said("list", str(releases)).startswith("v0001    damaged; `release verify` says how")
+    assert said("show", str(releases)).startswith(f"error: {releases}/v0001: manifest.json: damaged: ")
+    # what is not installed is named, and no traceback
+    for place, package in (("gs://models", "gcsfs"), ("az://models", "adlfs")):
+        assert said("list", place).startswith("error: ") and package in said("list", place)
+        assert "Traceback" not in said("list", place)
+
+
+@pytest.mark.parametrize("destination", ["s3"], indirect=True)
+def test_no_bucket_is_made(make: Make, destination: str) -> None:
+    fs = fsspec.filesystem("s3")
+    for attempt in (lambda to: publish(make("one"), to), lambda to: lease(to, 30).__enter__()):
+        for to in ("s3://typo-bucket", "s3://typo-bucket/cats"):
+            with pytest.raises(ValueError, match="s3://typo-bucket: no such bucket"):
+                attempt(to)
+    fs.invalidate_cache()
+    assert not fs.exists("typo-bucket")
+
+
+def test_promote_where_one_stands(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("one", "two"):
+        publish(make(text), str(tmp_path / "releases"))
+    keep_candidate(make("three"), str(tmp_path / "releases"), "0a1b", {})
+    monkeypatch.chdir(tmp_path / "releases")
+    assert promote("v0001") == "v0001"
+    assert promote("candidates/0a1b") == "v0003"
+    monkeypatch.chdir("v0002")
+    assert promote(".") == "v0002"
+    assert resolve("..") == "../v0002"
+
+
 def test_a_lease_is_one_process_s(destination: str) -> None:
     with lease(destination, 30) as held:
-        with pytest.raises(Busy, match="is at work here"), lease(destination, 30):
+        there = r"\.lease/000001.json: .* is at work here; its lease ends at \d{4}-"
+        with pytest.raises(Busy, match=destination + "/" + there), lease(destination, 30):
             pass
         held.check()
     with lease(destination, 30) as again:  # given back: at once
@@ -195,10 +332,28 @@ def test_a_lease_is_one_process_s(destination: str) -> None:
     assert again.number == held.number + 1
 
 
+def written(left: float) -> bytes:
+    return json.dumps({"holder": "a", "seconds": 30, "until": time.time() + left}).encode()
+
+
+@pytest.mark.parametrize("left", [365 * 86_400, float("inf"), float("nan")])
+def test_a_wrong_clock_s_lease_does_not_count(tmp_path: Path, left: float) -> None:
+    path = tmp_path / ".lease/000004.json"
+    path.parent.mkdir()
+    path.write_bytes(written(left))
+    os.utime(path, times=(time.time() + 365 * 86_400,) * 2)  # the file's date is by that clock, too
+    with lease(str(tmp_path), 30) as held:
+        assert held.number == 5
+    # clocks may differ by less than the lease
+    (tmp_path / ".lease/000006.json").write_bytes(written(50))
+    with pytest.raises(Busy, match="a is at work"), lease(str(tmp_path), 5):
+        pass
+
+
 def test_a_dead_run_s_lease_runs_out(destination: str) -> None:
     fs, root = fsspec.core.url_to_fs(destination)
     fs.makedirs(f"{root}/.lease", exist_ok=True)
-    fs.pipe_file(f"{root}/.lease/000004.json", json.dumps({"holder": "a", "until": time.time() + 2}).encode())
+    fs.pipe_file(f"{root}/.lease/000004.json", written(2))
     with pytest.raises(Busy, match="a is at work"), lease(destination, 30):
         pass
     with lease(destination, 30, wait=10) as held:
@@ -222,11 +377,11 @@ def test_a_storage_that_fails_for_a_moment_costs_no_lease(destination: str, monk
 
     write, failed = leases._write, []
 
-    def fails_once(fs: fsspec.AbstractFileSystem, path: str, until: float) -> None:
+    def fails_once(fs: fsspec.AbstractFileSystem, path: str, *content: float) -> None:
         if not failed:
             failed.append(True)
             raise EndpointConnectionError(endpoint_url="http://s3")  # no OSError
-        write(fs, path, until)
+        write(fs, path, *content)
 
     with lease(destination, 2) as held:
         monkeypatch.setattr(leases, "_write", fails_once)
@@ -244,11 +399,11 @@ def test_two_runs_find_an_expired_lease_at_once(destination: str, monkeypatch: p
 
     create, raced = leases._create, []
 
-    def claimed_first(fs: fsspec.AbstractFileSystem, path: str, until: float) -> bool:
+    def claimed_first(fs: fsspec.AbstractFileSystem, path: str, *content: float) -> bool:
         if not raced:
             raced.append(True)
-            assert create(fs, path, until)
-        return create(fs, path, until)
+            assert create(fs, path, *content)
+        return create(fs, path, *content)
 
     monkeypatch.setattr(leases, "_create", claimed_first)
     with pytest.raises(Busy), lease(destination, 30):

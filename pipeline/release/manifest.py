@@ -1,0 +1,89 @@
+"""`manifest.json` of a release: what it has to say to be one, and its sums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FORMAT = 2
+"""2: `sum`, over all of the manifest; manifests of format 1 have `content` only, over the list of files."""
+
+
+class Part(BaseModel):
+    """A part of a manifest: keys beyond those that are read here are free."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class File(Part):
+    sha256: str
+    size: int
+
+
+class Concept(Part):
+    token: str
+    class_word: str
+    training: str
+
+
+class Base(Part):
+    name: str
+    digest: str
+
+
+class Measures(Part):
+    concepts: dict[str, dict[str, Any]] = {}
+
+
+class Provenance(Part):
+    concepts: dict[str, Concept] = {}
+    measures: Measures = Measures()
+    stages: dict[str, str] = {}
+    base: Base = Base(name="", digest="")
+
+
+class Described(Part):
+    """What is to be published."""
+
+    format: int
+    content: str
+    files: dict[str, File]
+    provenance: Provenance
+
+
+class Manifest(Described):
+    """version: empty for a candidate."""
+
+    version: str = ""
+    created: str
+    sum: str = ""
+
+
+def parse(text: bytes | str, form: type[Described] = Manifest) -> dict[str, Any]:
+    """A manifest as it stands in its file. Raises: ValueError when it is none, or damaged."""
+    try:
+        form.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+    return json.loads(text)
+
+
+def content_sum(files: dict[str, Any]) -> str:
+    """sha256 over a manifest's list of files; releases of the same content have the same."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def own_sum(manifest: dict[str, Any]) -> str:
+    """sha256 over all of a manifest but `sum` itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def leaves_its_folder(name: str) -> bool:
+    """Whether a file's name may lead out of the folder it is copied to, on any system. Object stores take any name."""
+    return "\\" in name or any(part in ("", ".", "..") for part in name.split("/"))
