@@ -64,11 +64,12 @@ def test_batch(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_nights_are_counted(cluster, tmp_path):
-    """What the gate said can still be read when its process has ended; a night may have nothing to compute."""
+    """What the gate said can still be read when its process has ended; a night may have nothing to compute. A first
+    release is compared with nothing."""
     shutil.rmtree(released("cron", tmp_path, cluster))  # lost: the next night publishes from the artifacts
     released("cron", tmp_path, cluster)
     seen = [s for s in _samples(cluster.metrics) if s.name == "ray_polyconcept_gate_total" and _of(s, "nightly")]
-    assert sum(s.value for s in seen) >= 1 and {s.labels["result"] for s in seen} == {"passed"}
+    assert sum(s.value for s in seen) >= 1 and {s.labels["result"] for s in seen} == {"not compared"}
 
 
 @pytest.mark.slow
