@@ -488,7 +488,7 @@ class Retraining(Settings):
         return self
 
     def with_concepts(self, concepts: Sequence[Concept]) -> ConceptBatch:
-        """Raises: ValueError for two concepts with one token."""
+        """Raises: ValueError for concepts that do not go together, or not with these settings."""
         settings = {key: getattr(self, key) for key in Settings.model_fields}
         try:
             return ConceptBatch(**settings, concepts=tuple(concepts))
