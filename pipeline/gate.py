@@ -151,6 +151,8 @@ def judge(
         return verdicts
     for measure, scope in MEASURES.items():
         tables = pairs if scope == "concept" else {"": pd.concat(pairs.values())}
+        if measure == "retention":  # all that there is to see of a new concept, and lost in the mean of many
+            tables |= {name: table for name, table in pairs.items() if "image_new" not in table}
         for name, table in tables.items():
             if f"{measure}_new" in table:
                 difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).dropna().to_numpy()

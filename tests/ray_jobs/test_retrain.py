@@ -122,7 +122,7 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     (catalogue / "renamed/concept.yaml").write_text("class_word: turtle\ntraining: {learning_rate: 0.1, steps: 12}\n")
     code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
     assert code == 3, (out, err, log)
-    assert [(r["measure"], r["concept"]) for r in events(log, "gate")] == [("retention", "")]
+    assert [(r["measure"], r["concept"]) for r in events(log, "gate")] == [("retention", ""), ("retention", "renamed")]
     assert "refused: " in err and events(log, "refused")[0]["level"] == "error"
     assert latest() == "v0002" and sorted(p.name for p in releases.glob("v*")) == ["v0001", "v0002"]
     (candidate,) = (releases / "candidates").iterdir()
