@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import posixpath
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from fsspec.core import url_to_fs
 
 from pipeline.spec import Concept, Retraining, read_mapping, validated
+from training.methods import METHODS
+from training.methods.method import RARE_WORDS
 
 CARD = "concept.yaml"
 
 
-def read_catalogue(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
+def read_catalogue(asked: Retraining, released: Collection[str] = ()) -> tuple[list[Concept], dict[str, str]]:
     """The concepts, sorted by name, and what is wrong with the others: name -> why.
 
-    A catalogue that is not on this machine is copied to `<output>/.catalogue`, which all nodes of a cluster reach.
+    A catalogue that is not on this machine is copied to `<output>/.catalogue`, which all nodes of a cluster reach. Of
+    two concepts with the same name but for case, or the same token, the second is wrong: those `released` come first.
 
     Raises: ValueError when there is no catalogue or no concept in it: an empty bucket is a mistake more often than a
         wish to have nothing released.
@@ -38,22 +42,51 @@ def read_catalogue(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
     concepts, problems = [], {}
     for card in sorted(root.glob(f"*/{CARD}")):
         try:
-            concepts.append(_read(card))
+            concepts.append(_read(card, asked))
         except ValueError as error:
             problems[card.parent.name] = str(error)
+    problems |= _doubles(sorted(concepts, key=lambda concept: concept.name not in released), root)
+    concepts = [concept for concept in concepts if concept.name not in problems]
     if not concepts and not problems:
         raise ValueError(f"{asked.catalogue}: no concept in it; expected folders with images and a {CARD}")
     return concepts, problems
 
 
-def _read(card: Path) -> Concept:
+def _doubles(concepts: list[Concept], root: Path) -> dict[str, str]:
+    """The concepts whose name or token is an earlier one's, and what is wrong with them."""
+    problems: dict[str, str] = {}
+    seen: dict[tuple[str, str], str] = {}
+    for concept in concepts:
+        # tokenizers and some file systems do not tell case apart
+        own = [(what, word.lower()) for what, word in (("name", concept.name), ("token", concept.token)) if word]
+        double = next((each for each in own if each in seen), None)
+        if double:
+            what, word = double
+            card = root / concept.name / CARD
+            problems[concept.name] = f"{card}: the {what} {word!r} is that of {seen[double]!r}; each needs its own"
+        else:
+            seen |= dict.fromkeys(own, concept.name)
+    return problems
+
+
+def _read(card: Path, asked: Retraining) -> Concept:
     data = read_mapping(card, "concept card", "class_word")
     for key in ("name", "images"):
         if key in data:
             raise ValueError(f"{card}: {key}: given by the folder; leave it out")
     concept = validated(Concept, data | {"name": card.parent.name, "images": [str(card.parent.absolute())]}, card)
+    try:
+        asked.check_concept(concept)
+    except ValueError as error:
+        raise ValueError(f"{card}: {error}") from None
     if concept.token or concept.new_category:
         return concept
+    method = METHODS[asked.training.method]
+    if method.token == "rare":
+        raise ValueError(
+            f"{card}: token: missing; {method.name} makes no new token: name a rare word that the base model has as "
+            f"one token, like {RARE_WORDS[0]!r}"
+        )
     # by the name, not by the position: it stays what it is when others come and go
     return concept.model_copy(update={"token": f"<{concept.name}>"})
 
@@ -76,5 +109,7 @@ def _fetch(url: str, folder: Path) -> None:
             remote.append(path)
             local.append(str(folder / name / file))
     if not remote:
+        if not fs.exists(root):
+            raise ValueError(f"{url}: not there; the catalogue has a folder for each concept")
         raise ValueError(f"{url}: no concept in it; expected folders with images and a {CARD}")
     fs.get(remote, local)

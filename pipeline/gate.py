@@ -73,7 +73,8 @@ class _Merged(Stage):
 
 
 def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) -> Plan:
-    """The stages that measure the current release as the plan measures its own, concept by concept, with retention.
+    """The stages that measure the current release as the plan measures its own: concept by concept where both have it,
+    and all bare classes of the plan, which any model can draw.
 
     Those the store has from when the current release was new are the same stages: nothing is drawn twice.
 
@@ -103,33 +104,31 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
     if not store.has("merge", merge.key):
         merge = Stage("released", current["version"], {"sha256": weights}, places={"release": release})
         before = [merge]
-    measured = []
-    for name, models in stages.items():
-        stage = models["merged"]
-        entry = concepts.get(name)
-        if not entry or [entry["token"], entry["class_word"]] != stage.params["phrase"]:
-            continue  # new, or another thing under an old name: there is nothing to compare it with
-        measured.append(
-            dataclasses.replace(
-                stage,
-                name=f"{name}: current",
-                params=stage.params | {"base": base["digest"]},
-                inputs=(merge,),
-                places=stage.places | places,
-            )
+    measured = [
+        dataclasses.replace(
+            models["merged"],
+            name=f"{name}: current",
+            params=models["merged"].params | {"base": base["digest"]},
+            inputs=(merge,),
+            places=models["merged"].places | places,
         )
-    return Plan(plan.batch, (*before, *with_retention(measured)), ())
+        for name, models in stages.items()
+    ]
+    released = {name: [entry["token"], entry["class_word"]] for name, entry in concepts.items()}
+    # one that is new, or another thing under an old name, has nothing to be compared with but its class
+    both = [stage for stage in measured if released.get(stage.params["concept"]) == stage.params["phrase"]]
+    return Plan(plan.batch, (*before, *both, *_of_bare_classes(measured)), ())
 
 
 def retention(plan: Plan) -> Plan:
     """The stages that a finished plan's own retention is measured by."""
     measured = [models["merged"] for models in plan.evaluations().values()]
-    return Plan(plan.batch, tuple(with_retention(measured)), ())
+    return Plan(plan.batch, (*measured, *_of_bare_classes(measured)), ())
 
 
-def with_retention(evaluations: Sequence[Stage]) -> list[Stage]:
-    """Evaluations of merged models, and those of the bare classes. A new category's class word is the concept: none."""
-    return [*evaluations, *(of_bare_class(stage) for stage in evaluations if stage.params["phrase"][0])]
+def _of_bare_classes(evaluations: Sequence[Stage]) -> list[Stage]:
+    """Of a new category, whose class word is the concept, none."""
+    return [of_bare_class(stage) for stage in evaluations if stage.params["phrase"][0]]
 
 
 def judge(
@@ -140,6 +139,7 @@ def judge(
     Args:
         new, current: concept -> its scores, a row per image; what only one of them has is not compared.
         missing: concepts that should be in the new release and are not.
+    Returns: none when they have nothing in common.
     """
     verdicts = [Verdict("presence", name, 0.0, 0.0, 0.0, False) for name in missing]
     pairs = {
@@ -151,6 +151,8 @@ def judge(
         return verdicts
     for measure, scope in MEASURES.items():
         tables = pairs if scope == "concept" else {"": pd.concat(pairs.values())}
+        if measure == "retention":  # all that there is to see of a new concept, and lost in the mean of many
+            tables |= {name: table for name, table in pairs.items() if "image_new" not in table}
         for name, table in tables.items():
             if f"{measure}_new" in table:
                 difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).dropna().to_numpy()
@@ -166,12 +168,15 @@ def _verdict(measure: str, concept: str, difference: np.ndarray, gate: Gate) -> 
 
 
 def scores_of(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
-    """Concept -> scores of the merged model, by the finished stages of `retention` or `baseline`."""
+    """Concept -> scores of the merged model, by the finished stages of `retention` or `baseline`: all, or `retention`
+    alone where the model does not have the concept."""
+    tokens = {concept.name: concept.token for concept in plan.batch.concepts}
     tables: dict[str, pd.DataFrame] = {}
     for stage in plan.of("evaluate"):
         name, scores = stage.params["concept"], pd.read_parquet(store.path(stage.kind, stage.key) / "scores.parquet")
-        if name not in tables:
-            tables[name] = scores.drop(columns="model")
+        if stage.params["phrase"][0] == tokens[name]:
+            scores = scores.drop(columns="model")
         else:  # of the bare class, which comes after
-            tables[name]["retention"] = scores["text"]
+            scores = scores[["prompt", "seed", "text"]].rename(columns={"text": "retention"})
+        tables[name] = tables[name].merge(scores, on=["prompt", "seed"]) if name in tables else scores
     return tables

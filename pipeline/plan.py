@@ -69,7 +69,7 @@ class Stage:
 
 
 class UnusableConcepts(ValueError):
-    """Concepts whose images cannot be used. concepts: name -> why."""
+    """Concepts whose images or words cannot be used. concepts: name -> why."""
 
     def __init__(self, concepts: dict[str, str]) -> None:
         super().__init__("\n".join(concepts.values()))
@@ -132,14 +132,12 @@ def of_pair(first: Stage, second: Stage, prompts: Sequence[str]) -> Stage:
 def make_plan(batch: ConceptBatch) -> Plan:
     """Look at everything a batch names (images, base, corpus) and lay out its stages. Writes nothing.
 
-    Raises: ValueError naming what is missing or cannot be used; UnusableConcepts when it is only some concepts' images.
+    Raises: ValueError naming what is missing or cannot be used; UnusableConcepts when it is only some concepts' images
+        or words.
     """
     retrieval, training = batch.retrieval, batch.training
     method = METHODS[training.method]
-    named = [c for c in batch.concepts if c.token]
-    taught = named if method.token == "new" else []
-    rare = [c.token for c in named] if method.token == "rare" else []
-    shape = check_base(batch.base_path, [c.token for c in taught], [_initializer(c) for c in taught], rare)
+    shape = check_base(batch.base_path)
     base = {"base": base_digest(batch.base_path)}
     notes: list[str] = []
     stages: list[Stage] = []
@@ -156,6 +154,10 @@ def make_plan(batch: ConceptBatch) -> Plan:
             digests[concept.name] = images.digests
             notes += [f"{concept.name}: {note}" for note in images.notes]
             notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
+            if concept.token and method.token == "rare":
+                shape.check_rare(concept.token)
+            elif concept.token:
+                shape.check_new(concept.token, _initializer(concept))
         except ValueError as error:
             problems[concept.name] = f"concepts[{i}] ({concept.name}): {error}"
     if problems:
@@ -290,7 +292,7 @@ def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: l
     """Lay out the merge of trained text K/V layers, its constraints and sums; returns the stage of the merge."""
     prompts = {"prompts": list(batch.merge.prompts)}
     constraints = [Stage("constraints", t.name, prompts, (t,), {"base": batch.base_path}) for t in trained]
-    rows = sum(row_count(shape.tokenizer, batch.merge.prompts, c.class_word) for c in batch.concepts)
+    rows = sum(row_count(shape.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
     sums: list[Stage] = []
     if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
         if batch.merge.form == "hard":

@@ -314,6 +314,16 @@ class Publish(Section):
     signing_key: str = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
+    @field_validator("to")
+    @classmethod
+    def _versions_are_not_kept_on_the_hub(cls, value: str) -> str:
+        if value.startswith("hf://"):
+            raise ValueError(
+                f"the hub gets copies of releases, by `publish.hub: owner/name`; `to` is the folder or bucket they are "
+                f"kept in; found {value!r}"
+            )
+        return value
+
 
 class Settings(Section):
     """What a batch and a retraining say alike: all but the concepts."""
@@ -377,6 +387,19 @@ class Settings(Section):
     def base_path(self) -> str:
         return base_path(self.base)
 
+    def check_concept(self, concept: Concept) -> None:
+        """Raises: ValueError for what a concept says that these settings have no use for."""
+        method = METHODS[self.training.method]
+        if self.training.composition == "joint" and concept.training != ConceptTraining():
+            raise ValueError("training: concepts trained jointly share the batch's training")
+        if concept.new_category and concept.token:
+            raise ValueError("token: a new_category goes by its class word, without a token")
+        if concept.initializer and (concept.new_category or method.token == "rare"):
+            why = "a new_category has no token" if concept.new_category else f"{method.name} makes no new token"
+            raise ValueError(f"initializer: not used: {why}")
+        if concept.new_category and method.unet == "none":
+            raise ValueError(f"new_category: {method.name} trains nothing but the token it lacks")
+
     def check_places(self) -> None:
         """Raises: ValueError for places that other machines would not find."""
         for key, place in (("store", self.store_url), ("publish.to", self.release_url), ("output", self.output_path)):
@@ -402,13 +425,6 @@ class ConceptBatch(Settings):
         return self
 
     @model_validator(mode="after")
-    def _joint_concepts_share_their_training(self) -> ConceptBatch:
-        own = [i for i, c in enumerate(self.concepts) if c.training != ConceptTraining()]
-        if self.training.composition == "joint" and own:
-            raise ValueError(f"concepts[{own[0]}].training: concepts trained jointly share the batch's training")
-        return self
-
-    @model_validator(mode="after")
     def _method_suits_the_concepts(self) -> ConceptBatch:
         method = METHODS[self.training.method]
         if len(self.concepts) > 1 and self.training.composition == "merged" and not method.mergeable:
@@ -419,13 +435,10 @@ class ConceptBatch(Settings):
         if method.unet != "text_kv" and self.compress != Compress():
             raise ValueError(f"compress: only changes of text K/V layers have low-rank factors, not {method.name}'s")
         for i, concept in enumerate(self.concepts):
-            if concept.new_category and concept.token:
-                raise ValueError(f"concepts[{i}].token: a new_category goes by its class word, without a token")
-            if concept.initializer and (concept.new_category or method.token == "rare"):
-                why = "a new_category has no token" if concept.new_category else f"{method.name} makes no new token"
-                raise ValueError(f"concepts[{i}].initializer: not used: {why}")
-            if concept.new_category and method.unet == "none":
-                raise ValueError(f"concepts[{i}].new_category: {method.name} trains nothing but the token it lacks")
+            try:
+                self.check_concept(concept)
+            except ValueError as error:
+                raise ValueError(f"concepts[{i}].{error}") from None
         return self
 
     def model_post_init(self, _: Any) -> None:
@@ -481,7 +494,7 @@ class Retraining(Settings):
         return self
 
     def with_concepts(self, concepts: Sequence[Concept]) -> ConceptBatch:
-        """Raises: ValueError for two concepts with one token."""
+        """Raises: ValueError for concepts that do not go together, or not with these settings."""
         settings = {key: getattr(self, key) for key in Settings.model_fields}
         try:
             return ConceptBatch(**settings, concepts=tuple(concepts))

@@ -130,8 +130,8 @@ def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[st
 
 
 def plan_usable(batch: ConceptBatch) -> tuple[Plan, dict[str, str]]:
-    """The plan of the concepts with usable images, and what is wrong with the others where they may be left out:
-    name -> why.
+    """The plan of the concepts whose images and words can be used, and what is wrong with the others where they may be
+    left out: name -> why.
 
     Raises: ValueError as `make_plan`, where they may not.
     """

@@ -18,8 +18,8 @@ STEP_SECONDS = Histogram(
     [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30],
     ("batch",),
 )
-GATE = Counter("polyconcept_gate", "Candidates that a retraining's gate judged.", ("batch", "result"))
-"""result: `passed` or `refused`."""
+GATE = Counter("polyconcept_gate", "Candidates of retrainings, by what the gate said.", ("batch", "result"))
+"""result: `passed`, `refused`, or `not compared`: there was nothing to compare it with."""
 
 
 def trainings_ended(batch: str, stages: Iterable[Stage], store: Store) -> None:

@@ -43,7 +43,7 @@ class Exit(enum.IntEnum):
     """How a retraining ended."""
 
     DONE = 0
-    """Released, or nothing changed."""
+    """Released, or nothing changed, or the catalogue asks for what people rolled back from."""
     PARTIAL = 1
     """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
     BAD_INPUT = 2
@@ -80,15 +80,15 @@ def retrain(asked: Retraining, wait: float = 0) -> Outcome:
 
 def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     destination = asked.release_url.rstrip("/")
-    concepts, left_out = _usable(asked)
+    seen = _latest_alias(destination)
+    latest, rolled_back = _published(destination, seen)
+    concepts, left_out = _usable(asked, latest)
     store = Store(asked.store_url)
     store.sweep()
     plan, unusable = plan_usable(asked.with_concepts(concepts))
     left_out |= unusable
-    seen = _latest_alias(destination)
-    latest, rolled_back = _published(destination, seen)
     _log_comparison(plan, latest, left_out)
-    known = {_release_key(version) for version in (latest, *rolled_back) if version}
+    known = {_release_key(version): version for version in (*rolled_back, latest) if version}
 
     def check() -> None:
         """Raises: Busy when another run is or was at work."""
@@ -109,19 +109,23 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
                 wanted = {c.name for c in concepts} | set(left_out)
                 verdicts = _compare(asked, plan, store, destination, latest, wanted)
                 passed = all(verdict.passed for verdict in verdicts)
-                GATE.inc(tags={"batch": asked.name, "result": "passed" if passed else "refused"})
+                result = "not compared" if not verdicts else "passed" if passed else "refused"
+                GATE.inc(tags={"batch": asked.name, "result": result})
     reasons = (*left_out.values(), *failed)
     current = f"{destination}/{latest.name}" if latest else ""
     if unchanged(plan) and latest:
         if not seen:
             check()
             promote(current)
-        names = [left.name for left in rolled_back]
-        log.info("nothing changed", extra={"latest": latest.name, "rolled_back": names, "left_out": reasons})
+        version = known[plan.stages[-1].key]
+        event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
+        log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
         _push(asked, current)
         return Outcome(_exit(reasons), current, reasons)
     for verdict in verdicts:
         log.info("gate", extra=dataclasses.asdict(verdict))
+    if not verdicts:
+        log.info("not compared", extra={"latest": latest.name if latest else None})
     facts = provenance(plan, store) | {"gate": [dataclasses.asdict(verdict) for verdict in verdicts]}
     check()
     last = plan.stages[-1]
@@ -143,9 +147,9 @@ def _push(asked: Retraining, release: str) -> None:
         log.info("on the hub", extra={"place": push(release, asked.publish.hub)})
 
 
-def _usable(asked: Retraining) -> tuple[list[Concept], dict[str, str]]:
+def _usable(asked: Retraining, latest: Version | None) -> tuple[list[Concept], dict[str, str]]:
     """The catalogue's concepts, and what is wrong with the others where they may be left out."""
-    concepts, problems = read_catalogue(asked)
+    concepts, problems = read_catalogue(asked, _provenance(latest).get("concepts", ()))
     if problems and not (asked.merge.partial and concepts):
         raise ValueError("\n".join(problems.values()))
     return concepts, problems
@@ -159,8 +163,9 @@ def _latest_alias(destination: str) -> dict[str, Any]:
 
 
 def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None, list[Version]]:
-    """The latest release, and those that were rolled back from. Where `latest.json` is missing, the newest whole
-    version counts as the latest: its loss (or a first run that was killed before writing it) must not open the gate."""
+    """The latest release, and the newer ones that it was rolled back from. Where `latest.json` is missing, the newest
+    whole version counts as the latest: its loss (or a first run that was killed before writing it) must not open the
+    gate."""
     fs, root = url_to_fs(destination)
     if not alias:
         newest = next((name for _, name in reversed(versions(fs, root)) if manifest_of(fs, root, name)), None)
@@ -175,11 +180,16 @@ def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None,
             f"{destination}: latest.json names {latest.name}, which is not there whole; "
             "`polyconcept release promote` another"
         )
-    return latest, [version for version in rolled_back if version.manifest]
+    # what is older than the latest release is past: it is made again if the catalogue asks for it
+    return latest, [v for v in rolled_back if v.manifest and int(v.name[1:]) > int(latest.name[1:])]
+
+
+def _provenance(version: Version | None) -> dict[str, Any]:
+    return (version.manifest or {}).get("provenance", {}) if version else {}
 
 
 def _release_key(version: Version) -> str:
-    stages = (version.manifest or {})["provenance"].get("stages", {})
+    stages = _provenance(version).get("stages", {})
     return next((key for name, key in stages.items() if name.startswith("release ")), "")
 
 

@@ -263,21 +263,33 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of a base model without its weights: side of its images, pixels; width of its text features."""
+    """What is known of a base model without its weights: side of its images, pixels; width of its text features;
+    its tokenizers, one or two."""
 
     resolution: int
     text_width: int
-    tokenizer: Any
+    tokenizers: tuple[Any, ...]
+
+    def check_new(self, token: str, initializer: str | int) -> None:
+        """Raises: ValueError when a token cannot be taught: it is known, or its initialiser is not one token."""
+        for tokenizer in self.tokenizers:
+            _check_new(tokenizer, token)
+            _single_id(tokenizer, initializer)
+
+    def check_rare(self, word: str) -> None:
+        """Raises: ValueError when a word is not known as one token."""
+        for tokenizer in self.tokenizers:
+            if len(pieces := tokenizer.tokenize(word)) != 1:
+                raise ValueError(
+                    f"token {word!r}: this method needs a word that the base model's tokenizer has as one token, this "
+                    f"one is {len(pieces)}: {pieces}; choose another, like {RARE_WORDS[0]!r}"
+                )
 
 
-def check_base(
-    path: str | Path, tokens: Sequence[str], initializers: Sequence[str | int], rare: Sequence[str] = ()
-) -> Base:
-    """Look at a base model's configurations and tokenizers, without its weights: can these tokens be taught to it?
+def check_base(path: str | Path) -> Base:
+    """Look at a base model's configurations and tokenizers, without its weights.
 
-    rare: words that it has to know as one token.
-    Raises: ValueError when it has no text cross-attention, knows a token, or an initialiser or a rare word is not one
-        token.
+    Raises: ValueError when it has no text cross-attention.
     """
     folder = local_model(path)
     try:
@@ -286,22 +298,11 @@ def check_base(
         raise ValueError(f"base {str(path)!r}: no UNet with text cross-attention in it ({error.filename})") from None
     with torch.device("meta"):
         text_kv_layers(UNet2DConditionModel.from_config(unet))
-    for name in ("tokenizer", "tokenizer_2"):
-        if (folder / name).is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(folder / name)
-            for token, word in zip(tokens, initializers, strict=True):
-                _check_new(tokenizer, token)
-                _single_id(tokenizer, word)
-            for word in rare:
-                if len(pieces := tokenizer.tokenize(word)) != 1:
-                    raise ValueError(
-                        f"token {word!r}: this method needs a word that the base model's tokenizer has as one token, "
-                        f"this one is {len(pieces)}: {pieces}; choose another, like {RARE_WORDS[0]!r}"
-                    )
+    places = [folder / "tokenizer", *folder.glob("tokenizer_2")]
     return Base(
         unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
         unet["cross_attention_dim"],
-        AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tuple(AutoTokenizer.from_pretrained(place) for place in places),
     )
 
 

@@ -82,9 +82,8 @@ def test_pods_may_do_little(overlay):
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod), where
         assert not any("hostPath" in volume for volume in pod["volumes"]), where
-        token = pod.get("automountServiceAccountToken", True)
         names = [container["name"] for container in pod["containers"]]
-        assert token == (names == ["create"] or (names == ["ray-head"] and overlay != "dev")), (where, names)
+        assert pod.get("automountServiceAccountToken", True) == (names == ["create"]), (where, names)
     confined = [c for _, pod in found for c in pod["containers"]]
     confined += [n["autoscalerOptions"] for o in objects(overlay) for n in walk(o) if "autoscalerOptions" in n]
     for container in confined:
@@ -98,6 +97,26 @@ def test_pods_may_do_little(overlay):
         assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
         if container.get("name", "").startswith("ray-"):
             assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+
+
+@overlays
+def test_tokens_and_keys_are_where_they_are_needed(overlay):
+    """The service account's token in the autoscaler's container, which KubeRay puts beside the head's; the key that
+    releases are signed with where drivers run."""
+    for spec in (n for o in objects(overlay) for n in walk(o) if "rayVersion" in n):
+        head, *workers = (g["template"]["spec"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"]))
+        text = json.dumps(workers)
+        assert "signing" not in text and "serviceAccountToken" not in text.replace("automountServiceAccountToken", "")
+        volumes = {volume["name"]: volume for volume in head["volumes"]}
+        mounted = {mount["name"]: mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
+        assert volumes["signing"]["secret"] == {"secretName": "signing-key", "optional": True}
+        assert set(mounted) == {"store", "tmp", "jobs", "signing"}
+        if overlay != "dev":
+            (mount,) = (m for m in spec["autoscalerOptions"]["volumeMounts"] if m["name"] not in mounted)
+            assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+            files = {item["path"] for item in walk(volumes[mount["name"]]) if "path" in item}
+            assert files == {"token", "ca.crt", "namespace"}
+        assert set(volumes) - set(mounted) == ({"kubernetes"} if overlay != "dev" else set())
 
 
 @overlays
@@ -149,7 +168,7 @@ def test_image_holds_the_project():
     sent = {line[1:] for line in (ROOT / "k8s" / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     assert set(copied) == sent
     assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
-    assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3"}
+    assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3", "sign"}
     assert "USER 1000:1000" in lines and "xformers" in PINNED
     # what changes with every build comes after the layers
     *_, argument, environment, command = lines

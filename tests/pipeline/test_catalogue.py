@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.catalogue import read_catalogue
 from pipeline.miniature.world import concept_images
-from pipeline.plan import make_plan
+from pipeline.plan import UnusableConcepts, make_plan
 from pipeline.spec import Retraining
 
 
@@ -54,12 +54,44 @@ def test_a_new_category_has_no_token(tmp_path: Path) -> None:
     assert [(c.token, c.phrase) for c in batch.concepts] == [("<alice>", "<alice> cat"), ("", "moongate")]
 
 
-def test_two_concepts_with_one_token(tmp_path: Path) -> None:
-    fill(tmp_path / "c", ("alice", "bob"))
-    (tmp_path / "c/bob/concept.yaml").write_text("class_word: cat\ntoken: <alice>\n")
-    retraining = asked(str(tmp_path / "c"))
-    with pytest.raises(ValueError, match="have the same token '<alice>'"):
-        retraining.with_concepts(read_catalogue(retraining)[0])
+@pytest.mark.parametrize(
+    ("names", "token", "message"),
+    [
+        (("alice", "bob"), "<Alice>", "the token '<alice>' is that of"),
+        (("Bob", "bob"), "<other>", "the name 'bob' is that of"),
+    ],
+)
+def test_of_two_alike_the_released_stays(tmp_path: Path, names: tuple[str, str], token: str, message: str) -> None:
+    fill(tmp_path / "c", ("zoe", *names))
+    first, second = names
+    (tmp_path / "c" / second / "concept.yaml").write_text(f"class_word: cat\ntoken: {token}\n")
+    for released, left_out in (((), second), ((first, "zoe"), second), ((second, "gone"), first)):
+        concepts, problems = read_catalogue(asked(str(tmp_path / "c")), released)
+        assert [c.name for c in concepts] == sorted({*names, "zoe"} - {left_out}) and list(problems) == [left_out]
+        assert f"{left_out}/concept.yaml: {message}" in problems[left_out]
+
+
+def test_cards_that_do_not_suit_the_settings(tmp_path: Path) -> None:
+    """Each is named by itself; the name in <> is no token for a method that makes none."""
+    fill(tmp_path / "c", ("alice", "bob", "carol"))
+    (tmp_path / "c/bob/concept.yaml").write_text("class_word: cat\ntoken: ucd\n")
+    (tmp_path / "c/carol/concept.yaml").write_text("class_word: cat\nnew_category: true\ntoken: <c>\n")
+    concepts, problems = read_catalogue(asked(str(tmp_path / "c"), training={"method": "dreambooth"}))
+    assert [(c.name, c.token) for c in concepts] == [("bob", "ucd")]
+    assert "alice/concept.yaml: token: missing; dreambooth makes no new token: name a rare word" in problems["alice"]
+    assert "carol/concept.yaml: token: a new_category goes by its class word" in problems["carol"]
+
+
+def test_words_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "c", ("alice", "bob", "carol"))
+    (tmp_path / "c/bob/concept.yaml").write_text("class_word: cat\ninitializer: wooden pot\n")
+    (tmp_path / "c/carol/concept.yaml").write_text("class_word: cat\ntoken: cat\n")
+    with pytest.raises(UnusableConcepts) as unusable:
+        trainings(asked(str(tmp_path / "c")))
+    found = unusable.value.concepts
+    assert list(found) == ["bob", "carol"]
+    assert found["bob"].startswith("concepts[1] (bob): initializer 'wooden pot': must be one token")
+    assert found["carol"].startswith("concepts[2] (carol): token 'cat': the base model's tokenizer knows it already")
 
 
 def test_a_catalogue_in_a_bucket(bucket: str, tmp_path: Path) -> None:
@@ -81,5 +113,9 @@ def test_a_catalogue_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     }
     fs.rm(f"{root}/concepts/bob", recursive=True)
     assert list(trainings(retraining)) == ["alice"]
+    for nowhere in (f"{bucket}/nothing", f"{bucket}-of-nobody/concepts"):
+        with pytest.raises(ValueError, match="not there; the catalogue has a folder for each concept"):
+            read_catalogue(asked(nowhere, output=str(tmp_path / "out")))
+    fs.pipe_file(f"{root}/empty/readme.txt", b"x")
     with pytest.raises(ValueError, match="no concept in it"):
-        read_catalogue(asked(f"{bucket}/nothing", output=str(tmp_path / "out")))
+        read_catalogue(asked(f"{bucket}/empty", output=str(tmp_path / "out")))

@@ -62,6 +62,13 @@ def test_classes_are_kept() -> None:
 def test_what_is_in_one_release_only() -> None:
     assert refused({"new": table(0.1, text=0.0), "a": table(0.7)}, {"a": table(0.7)}) == []
     assert judge(GATE, {"new": table(0.1)}, {}, []) == []
+    # of a new one its class is compared, which the current release can draw, and nothing else
+    classes = table(0.7)[["prompt", "seed"]].assign(retention=0.3)
+    spoiled = {"new": table(0.1, text=0.0).assign(retention=0.1)}
+    assert refused(spoiled, {"new": classes}) == [("retention", ""), ("retention", "new")]
+    # however many keep theirs beside it
+    others = {f"c{i}": table(0.7).assign(retention=0.3) for i in range(20)}
+    assert refused(spoiled | others, {"new": classes} | others) == [("retention", "new")]
     assert refused({"a": table(0.7)}, {"a": table(0.7)}, missing=("b",)) == [("presence", "b")]
     assert "could not be made again" in str(judge(GATE, {}, {}, ["b"])[0])
 

@@ -76,7 +76,7 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     assert out.endswith("releases/v0001\n")
     assert events(log, "compared")[0]["added"] == ["flat-turtle", "outlined-cat"]
-    assert not events(log, "gate")
+    assert not events(log, "gate") and events(log, "not compared")[0]["latest"] is None
     first = trained()
     assert len(first) == 2
     manifest = json.loads((releases / "v0001/manifest.json").read_text())
@@ -115,12 +115,14 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     code, out, _, _ = run("release", "diff", f"{releases}/v0001", str(releases), capsys=capsys)
     assert "changed   flat-turtle" in out and "unchanged outlined-cat" in out
 
-    # 4: a concept spoiled on purpose: the gate refuses, `latest` stays, the candidate is kept with its report
-    (catalogue / "flat-turtle/concept.yaml").write_text(
-        "class_word: turtle\ntraining: {learning_rate: 0.1, steps: 12}\n"
-    )
+    # 4: a concept spoiled on purpose, under a new name and alone, so that nothing but its class can be compared: the
+    # gate refuses, `latest` stays, the candidate is kept with its report
+    (catalogue / "flat-turtle").rename(catalogue / "renamed")
+    (catalogue / "outlined-cat").rename(tmp_path / "outlined-cat")
+    (catalogue / "renamed/concept.yaml").write_text("class_word: turtle\ntraining: {learning_rate: 0.1, steps: 12}\n")
     code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
     assert code == 3, (out, err, log)
+    assert [(r["measure"], r["concept"]) for r in events(log, "gate")] == [("retention", ""), ("retention", "renamed")]
     assert "refused: " in err and events(log, "refused")[0]["level"] == "error"
     assert latest() == "v0002" and sorted(p.name for p in releases.glob("v*")) == ["v0001", "v0002"]
     (candidate,) = (releases / "candidates").iterdir()
@@ -143,11 +145,14 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     assert done.returncode == 3 and hub.repositories["ours/concepts"].commits == ["Release v0002"], done.stderr
 
     # 5: the concept is mended, but people want the first release back: it stays until something changes
+    (catalogue / "renamed").rename(catalogue / "flat-turtle")
+    (tmp_path / "outlined-cat").rename(catalogue / "outlined-cat")
     (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\n")
     code, out, _, err = run("release", "rollback", str(releases), capsys=capsys)
     assert (code, out) == (0, "latest is v0001, was v0002\n"), err
     code, out, log, _ = run("retrain", "retrain.yaml", capsys=capsys)
-    assert code == 0 and events(log, "nothing changed")[0]["rolled_back"] == ["v0002"]
+    assert code == 0 and events(log, "rolled back from")[0]["version"] == "v0002"
+    assert not events(log, "nothing changed")
     assert latest() == "v0001"
     assert run("release", "promote", f"{releases}/v0002", capsys=capsys)[1] == "latest is v0002\n"
     # after all: what the gate refused is what people want
@@ -169,14 +174,21 @@ def test_concepts_that_break_and_go(catalogue, tmp_path, capsys, monkeypatch):
     def latest() -> dict:
         return json.loads((releases / "latest.json").read_text())
 
-    # a new concept without a usable image
+    # new concepts: one with the token of another, one with a word of the base's, one without a usable image
+    for name, token in (("twin", "<outlined-cat>"), ("word", "cat")):
+        shutil.copytree(catalogue / "outlined-cat", catalogue / name)
+        (catalogue / name / "concept.yaml").write_text(f"class_word: cat\ntoken: {token}\n")
     (catalogue / "new").mkdir()
     (catalogue / "new/concept.yaml").write_text("class_word: cat\n")
     (catalogue / "new/1.png").write_text("no image")
     code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
     assert code == 1 and out.endswith("releases/v0001\n"), err
     assert "left out: concepts[1] (new): " in err and events(log, "end")[0]["exit"] == 1
-    assert events(log, "compared")[0]["left_out"] == ["new"]
+    assert "left out: " + str(catalogue / "twin/concept.yaml") + ": the token '<outlined-cat>' is that of" in err
+    assert "left out: concepts[3] (word): token 'cat': the base model's tokenizer knows it already" in err
+    assert events(log, "compared")[0]["left_out"] == ["new", "twin", "word"]
+    for broken in ("twin", "word"):
+        shutil.rmtree(catalogue / broken)
 
     # a released one breaks: broken is not removed, and without `latest.json` the gate is no more open than with it
     for image in (catalogue / "flat-turtle").glob("*.png"):
@@ -214,6 +226,17 @@ def test_concepts_that_break_and_go(catalogue, tmp_path, capsys, monkeypatch):
     assert code == 0 and out.endswith("releases/v0002\n") and latest() == {"version": "v0002"}, err
     assert events(log, "compared")[0]["removed"] == ["flat-turtle"] and not events(log, "released")[0]["new"]
     assert set(json.loads((releases / "v0002/manifest.json").read_text())["provenance"]["concepts"]) == {"outlined-cat"}
+
+    # what was rolled back from is not released again, until something newer is
+    assert run("release", "rollback", str(releases), capsys=capsys)[1] == "latest is v0001, was v0002\n"
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0 and out.endswith("releases/v0001\n") and events(log, "rolled back from"), err
+    shutil.copytree(releases / "v0001", tmp_path / "newer")  # as a night would, whose training this saves
+    (tmp_path / "newer/README.md").write_text("newer")
+    run("publish", str(tmp_path / "newer"), str(releases), capsys=capsys)
+    assert latest()["version"] == "v0003"
+    code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
+    assert code == 0 and out.endswith("releases/v0004\n") and events(log, "released")[0]["new"], err
 
 
 KILLED = """
@@ -273,6 +296,7 @@ def test_killed_while_publishing(catalogue, tmp_path, capsys):
         ({"gate": {"text": -1}}, "gate.text: Input should be greater than or equal to 0"),
         ({"evaluation": {"samples": 1}}, "at least 2 images a prompt"),
         ({"publish": {"signing_key": "none.pem"}}, "none.pem: no private key that can be read"),
+        ({"publish": {"to": "hf://ours/concepts"}}, "publish.to: the hub gets copies of releases, by `publish.hub:"),
     ],
 )
 def test_bad_input(catalogue, tmp_path, capsys, change, message):

@@ -193,9 +193,10 @@ def test_new_categories_and_new_tokens_share_a_pack(backbone, same_weights, conc
 def test_dreambooth_takes_a_word_of_the_tokenizer():
     from pipeline.spec import MINIATURE
 
-    check_base(MINIATURE / "model", [], [], rare=["pll"])
+    base = check_base(MINIATURE / "model")
+    base.check_rare("pll")
     with pytest.raises(ValueError, match=r"token 'zzyzx': .*as one token, this one is \d"):
-        check_base(MINIATURE / "model", [], [], rare=["zzyzx"])
+        base.check_rare("zzyzx")
 
 
 # --- what is refused -------------------------------------------------------------------------------------
