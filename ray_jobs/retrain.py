@@ -163,7 +163,7 @@ def _latest_alias(destination: str) -> dict[str, Any]:
 
 
 def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None, list[Version]]:
-    """The latest release, and the newer ones that it was rolled back from. Where `latest.json` is missing, the newest
+    """The latest release, and those that it was rolled back from. Where `latest.json` is missing, the newest
     whole version counts as the latest: its loss (or a first run that was killed before writing it) must not open the
     gate."""
     fs, root = url_to_fs(destination)
@@ -180,8 +180,7 @@ def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None,
             f"{destination}: latest.json names {latest.name}, which is not there whole; "
             "`polyconcept release promote` another"
         )
-    # what is older than the latest release is past: it is made again if the catalogue asks for it
-    return latest, [v for v in rolled_back if v.manifest and int(v.name[1:]) > int(latest.name[1:])]
+    return latest, [version for version in rolled_back if version.manifest]
 
 
 def _provenance(version: Version | None) -> dict[str, Any]:
