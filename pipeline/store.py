@@ -91,7 +91,7 @@ class Store:
         if not self.is_local:
             target = f"{self.base}/{kind}/{key}"
             for name in manifest["files"]:
-                self.fs.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+                # without a folder first: object stores have none, and s3fs would make a bucket
                 self.fs.put_file(str(folder / name), f"{target}/{name}")
             self.fs.put_file(str(folder / MANIFEST), f"{target}/{MANIFEST}")
         shutil.rmtree(self.local / ".scratch" / key, ignore_errors=True)

@@ -438,6 +438,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
     of ours is a traceback and exit code 2, too: 1 says that something was released."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # of products of 4-bit matrices, of which there are none
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(arguments)
     except SystemExit as stop:
