@@ -38,6 +38,7 @@ from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch
 from pipeline.stages import find_candidates, run_stage, shown, train_pack
 from pipeline.store import Store, content_key
+from ray_jobs.board import Board, Failure
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
@@ -230,45 +231,6 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a stage was not done. fault: the traceback of what should not happen."""
-
-    message: str
-    fault: str = ""
-
-    @classmethod
-    def lost(cls, error: ray.exceptions.RayError) -> Failure:
-        """Of a task that could not begin, or whose process died more often than Ray tries again."""
-        why = getattr(error, "cause", None) or error
-        return cls(f"{type(why).__name__}: {why}")
-
-
-class Board:
-    """How far each stage is, which workers write and the driver reads, and how tasks ended: one process, in which any
-    number of calls wait."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, tuple[str, int, int]] = {}
-
-    async def put(self, key: str, what: str, done: int, total: int) -> None:
-        self.state[key] = (what, done, total)
-
-    async def get(self) -> dict[str, tuple[str, int, int]]:
-        return self.state
-
-    async def ended(self, keys: Sequence[str], task: Sequence[Any]) -> dict[str, Failure]:
-        """What a task of `_work` returns when it has ended, or that all its stages failed when it is lost: what waits
-        for this is not lost with it.
-
-        task: its reference, in a list: else this call would wait for it, and be lost with it.
-        """
-        try:
-            return await task[0]
-        except ray.exceptions.RayError as error:
-            return dict.fromkeys(keys, Failure.lost(error))
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from manifests import ROOT, objects, render, walk
+from manifests import ROOT, objects, walk
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.miniature.world import concept_images
@@ -59,47 +55,6 @@ def released(overlay: str, folder: Path, cluster: Any) -> Path:
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     (weights,) = (folder / "store").rglob("v0001/merged.safetensors")
     return weights.parents[1]
-
-
-WAITING = """
-import time, ray
-from ray_jobs.concept_batch import Board
-ray.init(log_to_driver=False)
-board = ray.remote(Board).options(num_cpus=0).remote()
-ray.get(board.get.remote())  # it is there
-task = ray.remote(lambda: None).options(num_gpus=1, name="train cat").remote()
-ended = board.ended.remote(["key"], [task])
-print("waiting", flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_work_without_devices_is_seen(cluster):
-    """What the alert NoDevices asks for, while a training waits for a GPU that is not there: something waits, and
-    nothing runs but the board's call, which waits for it."""
-    (alert,) = (n["expr"] for o in render("monitoring") for n in walk(o) if n.get("alert") == "NoDevices")
-    waits, runs = (_matchers(selector) for selector in re.findall(r"ray_tasks\{(.*?)\}", alert))
-    environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
-    with subprocess.Popen([sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE) as driver:
-        try:
-            assert driver.stdout and driver.stdout.readline() == b"waiting\n"
-            until, states, tasks = time.monotonic() + 60, dict[str, str](), list[Any]()
-            while states.get("Board.ended") != "RUNNING" and time.monotonic() < until:  # figures come some seconds late
-                time.sleep(1)
-                tasks = [s for s in _samples(cluster.metrics) if s.name == "ray_tasks" and s.value > 0]
-                states = {s.labels["Name"]: s.labels["State"] for s in tasks if s.labels["State"] != "FINISHED"}
-        finally:
-            driver.kill()
-    assert states == {"train cat": "PENDING_NODE_ASSIGNMENT", "Board.ended": "RUNNING"}
-    assert any(map(waits, tasks)) and not any(map(runs, tasks))
-
-
-def _matchers(selector: str) -> Callable[[Any], bool]:
-    """Whether a sample has the labels that a PromQL selector asks for."""
-    found = re.findall(r'(\w+)(=|!~)"(.*?)"', selector)
-    tests = {"=": operator.eq, "!~": lambda value, pattern: not re.fullmatch(pattern, value)}
-    return lambda sample: all(tests[how](sample.labels[label], value) for label, how, value in found)
 
 
 @pytest.mark.slow

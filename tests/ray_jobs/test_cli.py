@@ -290,8 +290,8 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
 @pytest.mark.slow
 def test_killed_and_started_again(batch, tmp_path):
     """Killed in the middle of training: what was finished is not repeated, and the weights are the undisturbed ones."""
-    training = {"steps": 12, "batch_size": 2, "views": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
-    path = batch(training=training, evaluation={"samples": 1, "steps": 1, "identity": ""})
+    training = {"steps": 12, "batch_size": 2, "views": 4, "learning_rate": 1e-3, "regularization": "none"}
+    path = batch(training=training | {"checkpoint_every": 2}, evaluation={"samples": 1, "steps": 1, "identity": ""})
     command = [sys.executable, "-m", "ray_jobs.concept_batch", str(path)]
     first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
     store = tmp_path / "runs/small/store"
@@ -302,7 +302,7 @@ def test_killed_and_started_again(batch, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
-    assert 0 < len(stamps) < 21
+    assert 0 < len(stamps) < 16
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     resumed = {p.parent.name: p.read_bytes() for p in store.glob("train/*/weights.safetensors")}

@@ -19,7 +19,8 @@ from pipeline.spec import ConceptBatch
 from pipeline.stages import run_stage, train_pack
 from pipeline.store import Store
 from ray_jobs import ranks
-from ray_jobs.concept_batch import Board, check_devices, ray_session
+from ray_jobs.board import Board
+from ray_jobs.concept_batch import check_devices, ray_session
 from ray_jobs.ranks import train_on_ranks
 from training.strategies import deepspeed_config
 from training.weights import ConceptWeights
@@ -56,9 +57,7 @@ def board():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "own"), [("ddp", {}), ("deepspeed", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})]
-)
+@pytest.mark.parametrize(("strategy", "own"), [("ddp", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})])
 def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     """own: `zero_optimization` of a DeepSpeed configuration that is given whole."""
     features, alone = _training(tmp_path, steps=6)

@@ -1,0 +1,49 @@
+"""What a batch's driver and its tasks tell each other. In a module of its own: its process needs no PyTorch, and
+starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage was not done. fault: the traceback of what should not happen."""
+
+    message: str
+    fault: str = ""
+
+    @classmethod
+    def lost(cls, error: ray.exceptions.RayError) -> Failure:
+        """Of a task that could not begin, or whose process died more often than Ray tries again."""
+        why = getattr(error, "cause", None) or error
+        return cls(f"{type(why).__name__}: {why}")
+
+
+class Board:
+    """How far each stage is, which workers write and the driver reads, and how tasks ended: one process, in which any
+    number of calls wait."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, tuple[str, int, int]] = {}
+
+    async def put(self, key: str, what: str, done: int, total: int) -> None:
+        self.state[key] = (what, done, total)
+
+    async def get(self) -> dict[str, tuple[str, int, int]]:
+        return self.state
+
+    async def ended(self, keys: Sequence[str], task: Sequence[Any]) -> dict[str, Failure]:
+        """What a task of `_work` returns when it has ended, or that all its stages failed when it is lost: what waits
+        for this is not lost with it.
+
+        task: its reference, in a list: else this call would wait for it, and be lost with it.
+        """
+        try:
+            return await task[0]
+        except ray.exceptions.RayError as error:
+            return dict.fromkeys(keys, Failure.lost(error))
