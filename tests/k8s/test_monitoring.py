@@ -9,6 +9,7 @@ import promql_parser
 from manifests import render, walk
 
 from ray_jobs import metrics
+from ray_jobs.board import Board
 
 
 def queries() -> list[str]:
@@ -26,3 +27,14 @@ def test_queries_ask_for_what_there_is():
         promql_parser.parse(query.replace("$__range", "1d"))  # Grafana's variable
         asked |= set(re.findall(r"ray_polyconcept_\w+", query))
     assert asked == exported
+
+
+def test_what_only_waits_does_not_count_as_running():
+    """The board's calls run as long as each training waits for its device, and Ray counts them."""
+    running = [query for query in queries() if "RUNNING" in query]
+    assert len(running) == 2
+    assert all(f'Name!~"{Board.__name__}[.].*"' in selector for query in running for selector in _running(query))
+
+
+def _running(query: str) -> list[str]:
+    return [selector for selector in re.findall(r"\{.*?\}", query) if "RUNNING" in selector]
