@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from pipeline.spec import Concept, Retraining, read_mapping, validated
+from pipeline.spec import Concept, Retraining, doubles, read_mapping, validated
 from training.methods import METHODS
 from training.methods.method import RARE_WORDS
 
@@ -45,28 +45,15 @@ def read_catalogue(asked: Retraining, released: Collection[str] = ()) -> tuple[l
             concepts.append(_read(card, asked))
         except ValueError as error:
             problems[card.parent.name] = str(error)
-    problems |= _doubles(sorted(concepts, key=lambda concept: concept.name not in released), root)
+    ordered = sorted(concepts, key=lambda concept: concept.name not in released)
+    for second, (first, what, word) in doubles(ordered).items():
+        name = ordered[second].name
+        taken = f"the {what} {word!r} is that of {ordered[first].name!r}; each needs its own"
+        problems[name] = f"{root / name / CARD}: {taken}"
     concepts = [concept for concept in concepts if concept.name not in problems]
     if not concepts and not problems:
         raise ValueError(f"{asked.catalogue}: no concept in it; expected folders with images and a {CARD}")
     return concepts, problems
-
-
-def _doubles(concepts: list[Concept], root: Path) -> dict[str, str]:
-    """The concepts whose name or token is an earlier one's, and what is wrong with them."""
-    problems: dict[str, str] = {}
-    seen: dict[tuple[str, str], str] = {}
-    for concept in concepts:
-        # tokenizers and some file systems do not tell case apart
-        own = [(what, word.lower()) for what, word in (("name", concept.name), ("token", concept.token)) if word]
-        double = next((each for each in own if each in seen), None)
-        if double:
-            what, word = double
-            card = root / concept.name / CARD
-            problems[concept.name] = f"{card}: the {what} {word!r} is that of {seen[double]!r}; each needs its own"
-        else:
-            seen |= dict.fromkeys(own, concept.name)
-    return problems
 
 
 def _read(card: Path, asked: Retraining) -> Concept:

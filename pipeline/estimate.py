@@ -25,13 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.plan import Plan, Stage
+from pipeline.plan import Plan, Stage, deepspeed_of
 from pipeline.spec import Training
 from training.attention import training_dtype, use_attention
 from training.backbone import local_model, short_name, unet_parameters
 from training.methods import METHODS
 from training.methods.method import UNetPart
-from training.strategies import deepspeed_config, read_deepspeed_config
 
 REACHED = 0.35
 """Share of the matrix product's speed that UNet and autoencoder reach, measured on 2 CPU cores with the miniature."""
@@ -97,7 +96,7 @@ def estimates(plan: Plan, *, cuda: bool) -> dict[str, Estimate]:
 def pack_bytes(plan: Plan, members: int, *, cuda: bool = False) -> float:
     """Peak memory, bytes, of a GPU, or of a process on the CPU, that trains so many sets of weights as one pack; of
     one rank where several train a set together."""
-    settings, model, zero = plan.batch.training, _size_of(plan), _zero(plan.batch.training)
+    settings, model, zero = plan.batch.training, _size_of(plan), _zero(plan)
     width = training_dtype(settings.precision, cuda=cuda).itemsize
     # a rank's share of the optimizer's averages, of the gradients and of the weights
     averages, gradients, weights = (1 / settings.ranks if zero["stage"] >= stage else 1.0 for stage in (1, 2, 3))
@@ -121,7 +120,7 @@ def exchanged_bytes(plan: Plan) -> float:
     if settings.ranks == 1:
         return 0.0
     gradients = 4.0 * model.trained
-    if _zero(settings)["stage"] < 3:
+    if _zero(plan)["stage"] < 3:
         return 2 * gradients
     width = training_dtype(settings.precision, cuda=True).itemsize
     return 2 * width * (model.parameters - model.vae_parameters) + gradients
@@ -132,16 +131,11 @@ def rank_samples(settings: Training) -> int:
     return settings.batch_size // settings.ranks * (1 if settings.regularization == "none" else 2)
 
 
-def _zero(settings: Training) -> dict[str, Any]:
+def _zero(plan: Plan) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization`; stage 0, nothing is shared out, for other strategies."""
-    own = settings.deepspeed
-    if settings.strategy != "deepspeed":
+    if plan.batch.training.strategy != "deepspeed":
         return {"stage": 0}
-    if own.config:
-        config = read_deepspeed_config(own.config, settings.batch_size, settings.ranks, settings.max_grad_norm)
-    else:
-        config = deepspeed_config(rank_samples(settings), settings.max_grad_norm, zero=own.stage, offload=own.offload)
-    return config["zero_optimization"]
+    return deepspeed_of(plan.of("train")[0])["zero_optimization"]
 
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:

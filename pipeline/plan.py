@@ -22,7 +22,7 @@ from retrieval.corpus import corpus_digest, precomputed, read_corpus
 from training.backbone import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
-from training.strategies import read_deepspeed_config
+from training.strategies import deepspeed_config, read_deepspeed_config
 
 VERSIONS = {
     "index": 1,
@@ -360,6 +360,15 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
             "sample_every": batch.training.sample_every or settings["steps"],
         },
     )
+
+
+def deepspeed_of(training: Stage) -> dict[str, Any]:
+    """DeepSpeed's whole configuration of a stage of the kind `train` that has this strategy."""
+    if "deepspeed" in training.params:
+        return training.params["deepspeed"]
+    settings, zero = training.params["training"], training.places["deepspeed"]
+    share = settings["batch_size"] // training.places["ranks"]
+    return deepspeed_config(share, settings["max_grad_norm"], zero=zero["stage"], offload=zero["offload"])
 
 
 def _evaluate_stage(batch: ConceptBatch, concept: Concept, params: dict[str, Any], inputs: tuple[Stage, ...]) -> Stage:

@@ -408,20 +408,30 @@ class Settings(Section):
                 raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
 
 
+def doubles(concepts: Sequence[Concept]) -> dict[int, tuple[int, str, str]]:
+    """Which concepts have the name or token of an earlier one: index -> the earlier one's, `name` or `token`, and the
+    word in lower case: tokenizers and some file systems do not tell case apart."""
+    found: dict[int, tuple[int, str, str]] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for i, concept in enumerate(concepts):
+        own = [(field, word.lower()) for field, word in (("name", concept.name), ("token", concept.token)) if word]
+        double = next((each for each in own if each in seen), None)
+        if double:
+            found[i] = (seen[double], *double)
+        else:
+            seen |= dict.fromkeys(own, i)
+    return found
+
+
 class ConceptBatch(Settings):
     concepts: tuple[Concept, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _concepts_differ(self) -> ConceptBatch:
-        for field in ("name", "token"):
-            seen: dict[str, int] = {}
-            for i, concept in enumerate(self.concepts):
-                value = getattr(concept, field).lower()  # tokenizers and some file systems do not tell case apart
-                if value and value in seen:
-                    raise ValueError(
-                        f"concepts[{seen[value]}] and concepts[{i}] have the same {field} {value!r}; each needs its own"
-                    )
-                seen[value] = i
+        for second, (first, field, value) in doubles(self.concepts).items():
+            raise ValueError(
+                f"concepts[{first}] and concepts[{second}] have the same {field} {value!r}; each needs its own"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,10 +12,10 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from pipeline.plan import Stage
+from pipeline.plan import Stage, deepspeed_of
 from pipeline.stages import train_pack
 from pipeline.store import Store
-from training.strategies import DDP, DeepSpeed, Single, deepspeed_config
+from training.strategies import DDP, DeepSpeed, Single
 
 RESTARTS = 2
 """Times that lost ranks are started again; they go on from the last checkpoint."""
@@ -76,10 +76,6 @@ def strategy_of(stage: Stage) -> Single:
     """What a stage of the kind `train` asks for, in a process that torch.distributed knows as a rank."""
     if stage.places["strategy"] == "ddp":
         return DDP()
-    settings, zero = stage.params["training"], stage.places["deepspeed"]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if "deepspeed" in stage.params:
-        return DeepSpeed(stage.params["deepspeed"])
-    share = settings["batch_size"] // stage.places["ranks"]
-    return DeepSpeed(deepspeed_config(share, settings["max_grad_norm"], zero=zero["stage"], offload=zero["offload"]))
+    return DeepSpeed(deepspeed_of(stage))

@@ -184,7 +184,7 @@ def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None,
 
 
 def _provenance(version: Version | None) -> dict[str, Any]:
-    return (version.manifest or {}).get("provenance", {}) if version else {}
+    return version.manifest["provenance"] if version and version.manifest else {}
 
 
 def _release_key(version: Version) -> str:

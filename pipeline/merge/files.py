@@ -87,10 +87,9 @@ def merge_files(
     for path in paths:
         merged, added = merged.with_added(path, backbone)
         constraints += added
-    if remove and not merged.concepts:
-        raise ValueError(f"merge: no concept is left; {sums} can be deleted")
     if not merged.concepts:
-        raise ValueError("merge: no concepts; name their weights.safetensors")
+        left = f"no concept is left; {sums} can be deleted" if remove else "no concepts; name their weights.safetensors"
+        raise ValueError(f"merge: {left}")
     if sums:
         parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])
         total: Sums = functools.reduce(operator.add, parts)

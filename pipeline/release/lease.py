@@ -142,12 +142,8 @@ def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str
             if not (math.isfinite(length) and math.isfinite(until)):
                 raise ValueError(value)
             seconds = length
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-        ):  # its process died (or is) between creating and writing it
+        except (ValueError, KeyError, TypeError, OverflowError):
+            # its process died (or is) between creating and writing it
             until, holder = fs.modified(path).timestamp() + seconds, ""
     except FileNotFoundError:  # a later one has come
         return 0.0, ""

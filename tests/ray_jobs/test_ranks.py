@@ -57,7 +57,9 @@ def board():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "own"), [("ddp", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})])
+@pytest.mark.parametrize(
+    ("strategy", "own"), [("ddp", {}), ("deepspeed", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})]
+)
 def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     """own: `zero_optimization` of a DeepSpeed configuration that is given whole."""
     features, alone = _training(tmp_path, steps=6)

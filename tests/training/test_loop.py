@@ -256,7 +256,6 @@ def test_gradient_checkpointing_changes_no_weights(backbone, same_weights, conce
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="PyTorch compiles with a C++ compiler")
 def test_compiling_changes_no_weights(backbone, same_weights, concepts, settings, tmp_path):
-
     def pack(name: str) -> list[Member]:  # of one size to its end: each size is compiled anew
         members = _members(concepts, settings, tmp_path / name)
         return [dataclasses.replace(m, settings=dataclasses.replace(m.settings, steps=3)) for m in members]
