@@ -19,6 +19,7 @@ from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
 from retrieval.corpus import corpus_digest, precomputed, read_corpus
+from training.augment import WHOLE_FROM
 from training.backbone import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
@@ -223,7 +224,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 concept.name,
                 base
                 | {"images": digests[concept.name], "seed": training.seed}
-                | {"views": training.views if training.augment else 0},
+                | ({"views": training.views, "whole_from": WHOLE_FROM} if training.augment else {"views": 0})
+                | ({"flip": True} if training.flip else {}),
                 inputs,
                 {"images": list(concept.images), "base": batch.base_path},
             )
@@ -339,7 +341,7 @@ def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, Any]) -> Stage:
-    settings = batch.training.model_dump(exclude={"composition", "augment", "views", *_HOW})
+    settings = batch.training.model_dump(exclude={"composition", "augment", "views", "flip", *_HOW})
     how = batch.training
     if how.strategy == "deepspeed" and how.deepspeed.config:  # it can change the weights, as by quantized gradients
         own = read_deepspeed_config(how.deepspeed.config, how.batch_size, how.ranks, how.max_grad_norm)

@@ -179,6 +179,9 @@ class Training(Section):
     prompt as they stand in `evaluation` (steps, guidance), as DreamBooth's prior preservation does, or none."""
     augment: bool = CUSTOM_DIFFUSION.augment
     """Random resize with size words and masked loss."""
+    flip: bool = False
+    """Mirror half of the views, and of the regularisation images (the authors do). Not for concepts with writing on
+    them, or whose left and right matter."""
     views: Positive = 64
     """Augmented views of each image whose latents are kept."""
     prompt: str = "photo of a {}"
@@ -252,9 +255,12 @@ class Merge(Section):
     partial: bool = False
     """Go on without the concepts that failed (the run then ends with exit code 1); otherwise nothing is merged."""
     form: Literal["auto", "hard", "soft"] = "auto"
-    """Constraints met exactly, or as a penalty; auto: exactly while that leaves the regularisation captions alone."""
-    penalty: float = Field(100.0, gt=0)
-    """mu of the soft form, relative to the mean of G's diagonal."""
+    """Constraints met exactly, or as a penalty; auto: exactly while that keeps to `max_drift`."""
+    max_drift: float = Field(0.1, gt=0)
+    """How far the regularisation captions' keys and values may move, as a share of their size (a single concept's
+    training moves them by about 0.1). Beyond it each concept is met less."""
+    penalty: float | None = Field(None, gt=0)
+    """mu of the soft form, relative to the mean of G's diagonal; the largest that keeps to `max_drift` when empty."""
     captions: Positive = 1000
     """Regularisation captions in G at most (the authors: 200 to 1000)."""
     damping: float = Field(1e-6, ge=0)

@@ -195,13 +195,13 @@ def regularization_set(artifact: Path) -> RegularizationSet:
 def features(work: Work) -> None:
     params, backbone = work.stage.params, _backbone(work.stage.places["base"], torch.float32)
     own = _planned_images(work.stage.places["images"], params["images"])
-    made = concept_features(
-        backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
-    )
+    how = {"seed": params["seed"], "flip": params.get("flip", False)}
+    views = {"views": params["views"] or 1, "augment": params["views"] > 0}
+    made = concept_features(backbone, own.images, own.digests, **views, **how)
     made.save(work.out / "concept.safetensors")
     for path in [*work.inputs.get("regularization", []), *work.inputs.get("generated", [])]:
         samples = regularization_set(path)
-        regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
+        regularization_features(backbone, samples, **how).save(work.out / "regularization.safetensors")
 
 
 def train_pack(
@@ -340,6 +340,7 @@ def merge_concepts(work: Work) -> None:
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
     gram, _ = damped_gram(rows, settings["damping"])
+    limits = {key: settings[key] for key in ("damping", "max_drift", "penalty")}
     if "train" in work.inputs:
         # one set of weights (a single concept, or joint training) needs no merge, only compression
         deltas = ConceptWeights.load(work.input("train") / "weights.safetensors").deltas
@@ -347,18 +348,9 @@ def merge_concepts(work: Work) -> None:
         solved = report(full, _constraints(work), rows, base)
     elif "sums" in work.inputs:
         sums = functools.reduce(operator.add, (Sums.load(path / "sums.safetensors") for path in work.inputs["sums"]))
-        full, solved = merge_sums(
-            sums, _constraints(work), rows, base, damping=settings["damping"], penalty=settings["penalty"]
-        )
+        full, solved = merge_sums(sums, _constraints(work), rows, base, **limits)
     else:
-        full, solved = merge(
-            list(_constraints(work)),
-            rows,
-            base,
-            form=settings["form"],
-            damping=settings["damping"],
-            penalty=settings["penalty"],
-        )
+        full, solved = merge(list(_constraints(work)), rows, base, form=settings["form"], **limits)
     metadata = {"base": backbone.digest, "concepts": concepts}
     full = dataclasses.replace(full, tokens=tokens, metadata=metadata)
     small, error = full, 0.0
@@ -385,6 +377,7 @@ def merge_concepts(work: Work) -> None:
         "rows": solved.rows,
         "regularization_captions": len(captions),
         "condition": solved.condition if math.isfinite(solved.condition) else None,
+        "penalty": solved.penalty,
         "drift": solved.drift,
         "residuals": solved.residuals,
         "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},

@@ -90,16 +90,13 @@ def merge_files(
     if not merged.concepts:
         left = f"no concept is left; {sums} can be deleted" if remove else "no concepts; name their weights.safetensors"
         raise ValueError(f"merge: {left}")
+    limits = DEFAULTS.model_dump(include={"damping", "max_drift", "penalty"})
     if sums:
         parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])
         total: Sums = functools.reduce(operator.add, parts)
-        model, result = merge_sums(
-            total, constraints, rows, weights_of_layers, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
-        )
+        model, result = merge_sums(total, constraints, rows, weights_of_layers, **limits)
     else:
-        model, result = merge(
-            constraints, rows, weights_of_layers, form=form, damping=DEFAULTS.damping, penalty=DEFAULTS.penalty
-        )
+        model, result = merge(constraints, rows, weights_of_layers, form=form, **limits)
     metadata = {"base": backbone.digest, "concepts": merged.concepts}
     model = rounded(dataclasses.replace(model, tokens=merged.tokens, metadata=metadata))
     written = report(model, constraints, rows, weights_of_layers)
