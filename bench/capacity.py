@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,18 +26,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.evaluation.networks import identity_judge, unit
-from pipeline.merge.constraints import constraint_of, regularization_rows
-from pipeline.merge.solve import merge
-from pipeline.miniature import world
-from pipeline.sampling import draw
-from pipeline.spec import MINIATURE, Merge
-from retrieval.clip import load_clip
-from training.backbone import Backbone, load_backbone
-from training.features import concept_features, regularization_features
-from training.loop import train
-from training.run import Member, TrainingConcept, TrainingSettings
-from training.weights import ConceptWeights
+sys.path[0] = str(Path(__file__).parents[1])  # else bench/retrieval.py would hide the package
+
+from pipeline.evaluation.networks import identity_judge, unit  # noqa: E402
+from pipeline.merge.constraints import constraint_of, regularization_rows  # noqa: E402
+from pipeline.merge.solve import merge  # noqa: E402
+from pipeline.miniature import world  # noqa: E402
+from pipeline.sampling import draw  # noqa: E402
+from pipeline.spec import MINIATURE, Merge  # noqa: E402
+from retrieval.clip import load_clip  # noqa: E402
+from training.backbone import Backbone, load_backbone  # noqa: E402
+from training.features import concept_features, regularization_features  # noqa: E402
+from training.loop import train  # noqa: E402
+from training.run import Member, TrainingConcept, TrainingSettings  # noqa: E402
+from training.weights import ConceptWeights  # noqa: E402
 
 JUDGED = [(cls, "streamline-emojis") for cls in ("bus", "umbrella", "cow", "cat")]
 PROMPTS, SAMPLES = ("photo of a {}", "photo of a {} on the beach"), 8
