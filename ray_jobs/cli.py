@@ -397,7 +397,9 @@ def serve_preference(
     answers: Annotated[
         Path | None, typer.Option(help="SQLite file the answers go to; FOLDER/answers.sqlite by default.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets those in who know the printed address.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of images a rater is asked about, at most.")] = 50,
 ) -> None:
