@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ray_jobs.limits import EXIT as OUT_OF_TIME
+from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.releases import app as releases
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -23,6 +26,15 @@ BatchFile = Annotated[
     Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
 ]
 Output = Annotated[str | None, typer.Option(help="Folder for store, report and releases, instead of the batch's own.")]
+Deadline = Annotated[
+    float, typer.Option(min=0, help="Minutes after which the run ends itself; what was finished is kept.")
+]
+DeviceWait = Annotated[
+    float, typer.Option(min=0, envvar="POLYCONCEPT_DEVICE_WAIT", help="Minutes to wait for a cluster's first device.")
+]
+Gpu = Annotated[
+    bool, typer.Option("--gpu", envvar="POLYCONCEPT_GPU", help="Use GPUs only: wait for one where there is none yet.")
+]
 
 
 def _load(path: Path, output: str | None):
@@ -33,14 +45,22 @@ def _load(path: Path, output: str | None):
 
 
 @app.command()
-def run(batch_file: BatchFile, output: Output = None) -> None:
+def run(
+    batch_file: BatchFile,
+    output: Output = None,
+    deadline: Deadline = math.inf,
+    device_wait: DeviceWait = math.inf,
+    gpu: Gpu = False,
+) -> None:
     """Do everything a batch asks for: retrieve, train, merge, measure, publish, report.
 
-    Exit code 1 when concepts that failed were left out, as `merge.partial` allows; 2 when nothing was released.
+    Exit code 1 when concepts that failed were left out, as `merge.partial` allows; 2 when nothing was released;
+    124 when the time was up.
     """
+    limits = Limits(deadline, device_wait, gpu)
     from ray_jobs.concept_batch import run as run_batch
 
-    outcome = run_batch(_load(batch_file, output))
+    outcome = run_batch(_load(batch_file, output), limits)
     _print_summary(outcome.summary)
     print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
     if outcome.failures:
@@ -54,12 +74,16 @@ def retrain(
     retraining_file: Annotated[Path, typer.Argument(help="A batch file with `catalogue` in the place of `concepts`.")],
     output: Output = None,
     wait: Annotated[float, typer.Option(min=0, help="Minutes to wait for another run at the same releases.")] = 0,
+    deadline: Deadline = math.inf,
+    device_wait: DeviceWait = math.inf,
+    gpu: Gpu = False,
 ) -> None:
     """Bring releases up to date with a concept catalogue: train what changed, publish if the gate passes.
 
     Exit code 0: released, or nothing changed; 1: so, but concepts that failed were left out; 2: bad input or a failure;
-    3: the gate refused, the candidate is kept; 4: another run is at work.
+    3: the gate refused, the candidate is kept; 4: another run is at work; 124: the time was up.
     """
+    limits = Limits(deadline, device_wait, gpu)
     from pipeline.release.lease import Busy
     from pipeline.spec import load_retraining
     from ray_jobs.retrain import Exit, JsonLines
@@ -77,10 +101,11 @@ def retrain(
     try:
         asked = load_retraining(retraining_file)
         asked = asked.model_copy(update={"output": output}) if output else asked
-        outcome = bring_up_to_date(asked, wait * 60)
+        outcome = bring_up_to_date(asked, wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
-        log_end(Exit.BUSY if isinstance(error, Busy) else Exit.BAD_INPUT)
+        ends = {Busy: Exit.BUSY, OutOfTime: Exit.OUT_OF_TIME}
+        log_end(ends.get(type(error), Exit.BAD_INPUT))
         if not isinstance(error, Busy):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -372,7 +397,9 @@ def serve_preference(
     answers: Annotated[
         Path | None, typer.Option(help="SQLite file the answers go to; FOLDER/answers.sqlite by default.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets those in who know the printed address.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of images a rater is asked about, at most.")] = 50,
 ) -> None:
@@ -446,6 +473,9 @@ def main(arguments: list[str] | None = None) -> None:
         if stop.code == 130:  # typer's for Ctrl-C
             print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
         raise
+    except OutOfTime as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(OUT_OF_TIME)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ import functools
 import getpass
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -40,8 +41,10 @@ from pipeline.stages import find_candidates, run_stage, shown, train_pack
 from pipeline.store import Store, content_key
 from ray_jobs.board import Board, Failure
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
+from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
+from ray_jobs.same_code import SameCode, code_here
 from training.backbone import base_digest
 
 ON_DEVICE = {
@@ -73,10 +76,13 @@ class Outcome:
     failures: tuple[str, ...] = ()
 
 
-def run(batch: ConceptBatch) -> Outcome:
+NO_LIMITS = Limits()
+
+
+def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
     """Do all stages of a batch that are not done yet, publish the release and write the report.
 
-    Raises: ValueError for bad input; StageFailed naming every stage that failed.
+    Raises: ValueError for bad input; StageFailed naming every stage that failed; OutOfTime as `limits` say.
     """
     if os.environ.get("RAY_ADDRESS"):
         batch.check_places()
@@ -84,7 +90,7 @@ def run(batch: ConceptBatch) -> Outcome:
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = plan_usable(batch)
-    plan, failed = build(plan, store)
+    plan, failed = build(plan, store, limits)
     last = plan.stages[-1]
     folder = store.path(last.kind, last.key)
     release = publish(folder, batch.release_url, provenance(plan, store), batch.publish.signing_key)
@@ -92,11 +98,11 @@ def run(batch: ConceptBatch) -> Outcome:
     return Outcome(release.url, report, figures, (*failures.values(), *failed))
 
 
-def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
+def build(plan: Plan, store: Store, limits: Limits) -> tuple[Plan, list[str]]:
     """Do the stages of a plan that are not done yet.
 
     Returns: the plan that was carried out, and what failed where `merge.partial` allows to go on with the rest.
-    Raises: StageFailed naming every stage that failed, where it does not.
+    Raises: StageFailed naming every stage that failed, where it does not; OutOfTime.
     """
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -105,11 +111,11 @@ def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
     left_out: list[str] = []
     try:
         with ray_session():
-            failed = run_stages([plan], store)
+            failed = run_stages([plan], store, limits)
             if failed and (rest := _trained(plan, store)) and plan.batch.merge.partial:
                 plan = make_plan(plan.batch.model_copy(update={"concepts": rest}))
                 left_out = failed
-                failed = run_stages([plan], store)
+                failed = run_stages([plan], store, limits)
             if failed:
                 raise StageFailed("\n".join(left_out + failed))
     finally:
@@ -284,14 +290,16 @@ def _work(
     return failures
 
 
-def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
+def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) -> list[str]:
     """Do what there is to do, of all plans at once; returns what failed, where it failed first.
 
-    Raises: ValueError when a plan asks for what the cluster has not.
+    Raises: ValueError when a plan asks for what the cluster has not; OutOfTime.
     """
-    if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
-        print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
-        ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
+    limits.check()
+    _wait_for_device(limits)
+    same_code = SameCode(code_here()) if os.environ.get("RAY_ADDRESS") else None  # a machine is the same as itself
+    if same_code:
+        same_code.check(seconds=60)
     plan_of = {stage.key: plan for plan in plans for stage in plan}
     asked = {stage.key: stage for plan in plans for stage in plan}  # each once: plans share many
     todo = [stage for stage in asked.values() if not store.has(stage.kind, stage.key)]
@@ -299,7 +307,7 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
     for kind in VERSIONS:  # a kind reads only kinds before it
         same = [stage for stage in todo if stage.kind == kind]
         if kind == "train":
-            jobs += _packs(plan_of, same)
+            jobs += _packs(plan_of, same, limits)
         elif kind == "candidates" and same:
             jobs.append(tuple(same))
         else:
@@ -353,7 +361,14 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
             ref = board.ended.remote([stage.key for stage in stages], [ref])
         outcomes |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []
-    failures = _follow(jobs, outcomes, board, functools.partial(trainings_ended, plans[0].batch.name, store=store))
+    report = functools.partial(trainings_ended, plans[0].batch.name, store=store)
+
+    def check() -> None:
+        limits.check()
+        if same_code:
+            same_code.check()
+
+    failures = _follow(jobs, outcomes, board, report, check)
     missing = {stage.key: stage for stages in jobs for stage in stages if not store.has(stage.kind, stage.key)}
     messages = []
     for key, stage in missing.items():
@@ -363,6 +378,26 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
             messages.append(f"{stage.kind} {stage.name}: {failure.message}")
             print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
     return messages
+
+
+def _wait_for_device(limits: Limits) -> None:
+    """An autoscaler at rest has no workers, or none with a GPU: a first task has it start one, and shows what it is
+    like. Raises: OutOfTime when none comes; ValueError when there is no autoscaler."""
+    if limits.gpu and not os.environ.get("RAY_ADDRESS") and not ray.cluster_resources().get("GPU"):
+        raise ValueError("--gpu: Ray finds no GPU on this machine; leave it out, or use a cluster that has some")
+    if ray.cluster_resources().get("GPU") if limits.gpu else _nodes():
+        return
+    what = "GPU" if limits.gpu else "worker"
+    print(f"no {what} yet: waiting for the first", file=sys.stderr, flush=True)
+    task = ray.remote(lambda: None).options(num_cpus=1, num_gpus=int(limits.gpu), name="first worker").remote()
+    seconds = min(60 * limits.device_wait, limits.left)
+    if not ray.wait([task], timeout=None if seconds == math.inf else seconds)[0]:
+        limits.check()
+        raise OutOfTime(
+            f"no {what} came within {limits.device_wait:g} minutes; what was finished before is kept. Ask the "
+            f"cluster why: no machine is free, a quota is used up, or no worker group has a {what}"
+        )
+    ray.get(task)
 
 
 def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus: int) -> None:
@@ -390,12 +425,12 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
-def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
+def _packs(plan_of: dict[str, Plan], trainings: list[Stage], limits: Limits) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
     if not trainings:
         return []
     nodes = _nodes()
-    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes)
+    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes, limits)
     alike: dict[tuple[str, int], list[Stage]] = {}
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
@@ -425,7 +460,7 @@ def _shared(training: Stage) -> dict[str, Any]:
     }
 
 
-def _device(nodes: list[dict[str, Any]]) -> Device:
+def _device(nodes: list[dict[str, Any]], limits: Limits) -> Device:
     """What a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) >= 1]
     if not with_gpus:
@@ -435,13 +470,23 @@ def _device(nodes: list[dict[str, Any]]) -> Device:
         memory.options(num_gpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in with_gpus
     ]
-    return Device(0.9 * min(ray.get(found)), cuda=True)
+    done, waiting = ray.wait(found, num_returns=len(found), timeout=None if limits.left == math.inf else limits.left)
+    if waiting:
+        limits.check()
+    return Device(0.9 * min(ray.get(done)), cuda=True)
 
 
 def _follow(
-    jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any, report: Callable[[tuple[Stage, ...]], None]
+    jobs: list[tuple[Stage, ...]],
+    refs: dict[str, Any],
+    board: Any,
+    report: Callable[[tuple[Stage, ...]], None],
+    check: Callable[[], None],
 ) -> dict[str, Failure]:
-    """Wait for all jobs, showing how far they are; returns what their tasks say failed."""
+    """Wait for all jobs, showing how far they are; returns what their tasks say failed.
+
+    Raises: what `check` does, that is called all the while; tasks that still run end with the session.
+    """
     failures: dict[str, Failure] = {}
     waiting = {refs[stages[0].key]: stages for stages in jobs}
     by_key = {stage.key: stage for stages in jobs for stage in stages}
@@ -451,6 +496,7 @@ def _follow(
     with tqdm(total=len(by_key), desc="stages", unit="stage", disable=not on_terminal) as total:
         ended = 0
         while waiting:
+            check()
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             running = {stage.key for stages in waiting.values() for stage in stages}
             for key, (what, count, of) in ray.get(board.get.remote()).items():

@@ -33,7 +33,18 @@ from pipeline.release.sign import signer
 from pipeline.release.versions import Version, changes, promote
 from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
-from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
+from ray_jobs.concept_batch import (
+    NO_LIMITS,
+    StageFailed,
+    build,
+    plan_usable,
+    provenance,
+    ray_session,
+    run_stages,
+    write_results,
+)
+from ray_jobs.limits import EXIT as OUT_OF_TIME
+from ray_jobs.limits import Limits
 from ray_jobs.metrics import GATE
 
 log = logging.getLogger("polyconcept.retrain")
@@ -52,6 +63,8 @@ class Exit(enum.IntEnum):
     """The gate refused; the candidate is kept."""
     BUSY = 4
     """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
+    OUT_OF_TIME = OUT_OF_TIME
+    """The deadline passed, or no device came in time: nothing was released, what was finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +77,22 @@ class Outcome:
     verdicts: tuple[Verdict, ...] = ()
 
 
-def retrain(asked: Retraining, wait: float = 0) -> Outcome:
+def retrain(asked: Retraining, wait: float = 0, limits: Limits = NO_LIMITS) -> Outcome:
     """Bring the releases up to date with the catalogue, in a new version if anything changed and the gate passes.
 
     wait: seconds to wait for another run at the same releases to end.
 
-    Raises: ValueError for bad input and failed stages; Busy when another run is at work or got in between.
+    Raises: ValueError for bad input and failed stages; Busy when another run is at work or got in between; OutOfTime
+        as `limits` say: what was computed by then is kept, and what was computed whole is published all the same.
     """
     if os.environ.get("RAY_ADDRESS"):
         asked.check_places()
     signer(asked.publish.signing_key)  # a key that cannot be used is said now, not after the training
-    with lease(asked.release_url, asked.lease, wait) as held:
-        return _retrain(asked, held.check)
+    with lease(asked.release_url, asked.lease, min(wait, limits.left)) as held:
+        return _retrain(asked, held.check, limits)
 
 
-def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
+def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits) -> Outcome:
     destination = asked.release_url.rstrip("/")
     seen = _latest_alias(destination)
     latest, rolled_back = _published(destination, seen)
@@ -104,10 +118,10 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     verdicts: list[Verdict] = []
     if not unchanged(plan):
         with _session(plan, store):
-            plan, failed = build(plan, store)
+            plan, failed = build(plan, store, limits)
             if not unchanged(plan):
                 wanted = {c.name for c in concepts} | set(left_out)
-                verdicts = _compare(asked, plan, store, destination, latest, wanted)
+                verdicts = _compare(asked, plan, store, destination, latest, wanted, limits)
                 passed = all(verdict.passed for verdict in verdicts)
                 result = "not compared" if not verdicts else "passed" if passed else "refused"
                 GATE.inc(tags={"batch": asked.name, "result": result})
@@ -203,7 +217,13 @@ def _log_comparison(plan: Plan, latest: Version | None, left_out: Iterable[str])
 
 
 def _compare(
-    asked: Retraining, plan: Plan, store: Store, destination: str, latest: Version | None, catalogue: set[str]
+    asked: Retraining,
+    plan: Plan,
+    store: Store,
+    destination: str,
+    latest: Version | None,
+    catalogue: set[str],
+    limits: Limits,
 ) -> list[Verdict]:
     if not latest or not latest.manifest:
         return []
@@ -212,7 +232,7 @@ def _compare(
     measuring = Plan(plan.batch, current.stages + own.stages, ())
     if measuring.todo(store):
         with ray_session():
-            if failed := run_stages([measuring], store):
+            if failed := run_stages([measuring], store, limits):
                 raise StageFailed("\n".join(failed))
     released = set(latest.manifest["provenance"]["concepts"])
     missing = sorted((released & catalogue) - {c.name for c in plan.batch.concepts})
