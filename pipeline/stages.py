@@ -525,7 +525,7 @@ def release(work: Work) -> None:
     if isinstance(model, MergedModel):
         write_formats(model, backbone.pipe, work.out, params["name"])
     else:
-        write_whole(model, backbone, work.out)
+        write_whole(model, backbone, work.out, params["name"])
     tables: dict[str, list[pd.DataFrame]] = {}
     strips = []
     for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,33 @@ from safetensors.torch import save_file
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file."""
+    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file. Equal tensors and
+    metadata make equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(part)
         part.chmod(0o644)  # safetensors leaves files that only their owner reads
         os.replace(part, path)
     except SafetensorError as error:  # it hides the operating system's error, a full disk's too
         raise OSError(errno.EIO, str(error), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, where they stand: safetensors writes them in a random one."""
+    with path.open("r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise RuntimeError(f"{path}: its header is {size} bytes long, {len(text)} in order")
+        f.seek(8)
+        f.write(text)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
