@@ -42,10 +42,10 @@ from pipeline.release.formats import write_formats, write_whole
 from pipeline.sampling import draw, grid
 from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
-from retrieval.corpus import precomputed, read_corpus
+from retrieval.corpus import corpus_rows, precomputed, read_corpus
 from retrieval.download import download
 from retrieval.images import perceptual_hash
-from retrieval.index import build_index, build_index_from_embeddings, search
+from retrieval.index import build_index, build_index_from_embeddings, read_header, search
 from retrieval.regularization import RegularizationSet
 from retrieval.select import Search, candidates_by_class
 from training.attention import training_dtype, use_attention
@@ -119,12 +119,18 @@ def index(work: Work) -> None:
         rows = int(work.stage.params["corpus"].rsplit("-", 1)[1])
         corpus = str(work.scratch / "corpus.parquet")
         write_corpus(Path(corpus), rows, seed=0)
-    pairs = precomputed(corpus)
-    if pairs:
-        build_index_from_embeddings(pairs, work.out / "index")
+    clip = load_clip(work.stage.places["clip"])
+    if pairs := precomputed(corpus):
+        build_index_from_embeddings(pairs, work.out / "index", clip=clip)
     else:
-        clip = load_clip(work.stage.places["clip"])
         build_index(read_corpus(corpus), clip.encode_text, work.out / "index", model=clip.digest)
+    count_rows(work.out, corpus)
+
+
+def count_rows(out: Path, corpus: str) -> None:
+    """Note in an artifact of the kind `index` how many rows the corpus has, beside those that could be used."""
+    counts = {"rows": corpus_rows(corpus), "used": read_header(out / "index")["rows"]}
+    (out / "corpus.json").write_text(json.dumps(counts))
 
 
 def find_candidates(stages: Sequence[Stage], store: Store, search: Search = search) -> None:

@@ -34,6 +34,8 @@ class Web:
     address: str
     asked: list[str] = field(default_factory=list)
     redirects: dict[str, str] = field(default_factory=dict)
+    statuses: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Path -> what it answers instead, with these headers, the first time or, without Retry-After, always."""
 
 
 @contextlib.contextmanager
@@ -44,7 +46,15 @@ def serve() -> Iterator[Web]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             site.asked.append(self.path)
-            if self.path in site.redirects:
+            if self.path in site.statuses:
+                status, headers = site.statuses[self.path]
+                if "Retry-After" in headers:
+                    del site.statuses[self.path]
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+            elif self.path in site.redirects:
                 self.send_response(302)
                 self.send_header("Location", site.redirects[self.path])
                 self.end_headers()
