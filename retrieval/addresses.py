@@ -304,10 +304,10 @@ class _HTTPConnection(http.client.HTTPConnection):
 
     def getresponse(self) -> http.client.HTTPResponse:
         try:
-            return super().getresponse()
-        except (OSError, http.client.HTTPException):
-            _left(self._deadline)
-            raise
+            response = super().getresponse()
+        finally:
+            _left(self._deadline)  # headers that were cut then look like ones that ended
+        return response
 
 
 def _cut(duplicate: socket.socket) -> None:

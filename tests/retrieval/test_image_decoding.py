@@ -8,19 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from loopback import encoded, picture
+from loopback import encoded, endless, picture
 from PIL import Image
 
 from retrieval import decoding
 from retrieval.decoding import FORMATS, decode, read
 from retrieval.images import perceptual_hash, square
-
-
-def endless(scans: int) -> bytes:
-    """A small progressive JPEG that has its last scan again and again, each a pass over all of its coefficients."""
-    jpeg = encoded(Image.new("L", (2000, 2000), 90), "JPEG", progressive=True)
-    last = jpeg.rindex(b"\xff\xda")
-    return jpeg[:last] + jpeg[last:-2] * scans + jpeg[-2:]
 
 
 def test_other_formats_of_pillow_are_not_opened() -> None:
