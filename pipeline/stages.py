@@ -139,8 +139,10 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     if not todo:
         return
     params, (index,) = todo[0].params, todo[0].inputs
+    folder = store.path(index.kind, index.key)
+    counts = folder / "corpus.json"
     tables = candidates_by_class(
-        store.path(index.kind, index.key) / "index",
+        folder / "index",
         load_clip(todo[0].places["clip"]),
         [stage.params["prompt"] for stage in todo],
         params["count"],
@@ -151,6 +153,8 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     for stage, table in zip(todo, tables, strict=True):
         with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
             pq.write_table(table, out / "candidates.parquet")
+            if counts.exists():  # not beside an index of earlier versions
+                shutil.copy(counts, out)  # for the report, which does without the index
 
 
 def regularization(work: Work) -> None:
