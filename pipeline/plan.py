@@ -18,7 +18,7 @@ from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
-from retrieval.corpus import corpus_digest, precomputed, read_corpus
+from retrieval.corpus import check_corpus, corpus_digest, precomputed
 from training.augment import WHOLE_FROM
 from training.backbone import Base, base_digest, check_base
 from training.images import load_images
@@ -403,8 +403,9 @@ def _initializer(concept: Concept) -> str | int:
 def _corpus_digest(batch: ConceptBatch) -> str:
     if batch.retrieval.corpus == "miniature":
         return f"miniature-{CORPUS_VERSION}-{batch.retrieval.miniature_captions}"
-    if not precomputed(batch.retrieval.corpus):
-        next(read_corpus(batch.retrieval.corpus), None)  # has it the columns?
+    pairs = precomputed(batch.retrieval.corpus)
+    captions = pairs[0][1] if pairs else batch.retrieval.corpus
+    check_corpus(captions, scores=batch.retrieval.max_nsfw is not None)
     return corpus_digest(batch.retrieval.corpus)
 
 

@@ -127,7 +127,7 @@ class Retrieval(Section):
     oversample: float = Field(5.0, ge=1)
     """Candidates asked for, as a multiple of `images`: old links die."""
     max_nsfw: float | None = None
-    """Leave out rows whose NSFW score is above this, where the corpus has one."""
+    """Leave out rows whose NSFW score is above this, and rows without one; the corpus has to have the column."""
     block_list: str = ""
     """File with sha256 sums, one a line, of images never to use."""
     distributor: Literal["multiprocessing", "ray"] = "multiprocessing"

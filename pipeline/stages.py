@@ -42,10 +42,10 @@ from pipeline.release.formats import write_formats, write_whole
 from pipeline.sampling import draw, grid
 from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
-from retrieval.corpus import precomputed, read_corpus
+from retrieval.corpus import corpus_rows, precomputed, read_corpus
 from retrieval.download import download
 from retrieval.images import perceptual_hash
-from retrieval.index import build_index, build_index_from_embeddings, search
+from retrieval.index import build_index, build_index_from_embeddings, read_header, search
 from retrieval.regularization import RegularizationSet
 from retrieval.select import Search, candidates_by_class
 from training.attention import training_dtype, use_attention
@@ -119,12 +119,18 @@ def index(work: Work) -> None:
         rows = int(work.stage.params["corpus"].rsplit("-", 1)[1])
         corpus = str(work.scratch / "corpus.parquet")
         write_corpus(Path(corpus), rows, seed=0)
-    pairs = precomputed(corpus)
-    if pairs:
-        build_index_from_embeddings(pairs, work.out / "index")
+    clip = load_clip(work.stage.places["clip"])
+    if pairs := precomputed(corpus):
+        build_index_from_embeddings(pairs, work.out / "index", clip=clip)
     else:
-        clip = load_clip(work.stage.places["clip"])
         build_index(read_corpus(corpus), clip.encode_text, work.out / "index", model=clip.digest)
+    count_rows(work.out, corpus)
+
+
+def count_rows(out: Path, corpus: str) -> None:
+    """Note in an artifact of the kind `index` how many rows the corpus has, beside those that could be used."""
+    counts = {"rows": corpus_rows(corpus), "used": read_header(out / "index")["rows"]}
+    (out / "corpus.json").write_text(json.dumps(counts))
 
 
 def find_candidates(stages: Sequence[Stage], store: Store, search: Search = search) -> None:
@@ -133,8 +139,10 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     if not todo:
         return
     params, (index,) = todo[0].params, todo[0].inputs
+    folder = store.path(index.kind, index.key)
+    counts = folder / "corpus.json"
     tables = candidates_by_class(
-        store.path(index.kind, index.key) / "index",
+        folder / "index",
         load_clip(todo[0].places["clip"]),
         [stage.params["prompt"] for stage in todo],
         params["count"],
@@ -145,6 +153,8 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     for stage, table in zip(todo, tables, strict=True):
         with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
             pq.write_table(table, out / "candidates.parquet")
+            if counts.exists():  # not beside an index of earlier versions
+                shutil.copy(counts, out)  # for the report, which does without the index
 
 
 def regularization(work: Work) -> None:

@@ -133,6 +133,8 @@ def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[st
     for name, concept in figures["concepts"].items():
         if shortfall := concept.get("regularization", {}).get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
+    for line in figures["left_out"]:
+        print(f"note: {line}", file=sys.stderr)
     return output / "report.html", figures
 
 

@@ -34,8 +34,10 @@ import jinja2
 import pandas as pd
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from PIL import Image
 from scipy.stats import binomtest
+
+from retrieval.decoding import decode
+from training.images import list_images
 
 QUESTIONS = {"text": "Which image fits the text better?", "concept": "Which image shows this concept better?"}
 COLUMNS = ("method", "concept", "prompt", "seed", "image")
@@ -121,10 +123,7 @@ def load_study(folder: Path) -> Study:
     real = {}
     for concept in sorted({c.concept for c in comparisons}):
         place = folder / "concepts" / concept
-        files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
-            raise ValueError(f"{place}: no real images (.png, .jpg, .webp) of concept {concept!r}")
-        real[concept] = [_image_file(folder, file) for file in files[:REAL_IMAGES]]
+        real[concept] = [_image_file(folder, file) for file in list_images([str(place)])[:REAL_IMAGES]]
     return Study(tuple(comparisons), images, real, digest.hexdigest())
 
 
@@ -132,10 +131,11 @@ def _image_file(folder: Path, file: Path) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{file}: is outside of {folder}")
     try:
-        with Image.open(file) as image:
-            image.verify()
-    except (OSError, SyntaxError) as error:  # Pillow's SyntaxError is a broken PNG
-        raise ValueError(f"{file}: not an image: {error}") from None
+        decode(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: not an image: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not an image that can be shown: {error}") from None
     return file
 
 
@@ -412,7 +412,7 @@ async def _picture(file: Path) -> web.Response:
 
     def pixels() -> bytes:
         data = io.BytesIO()
-        Image.open(file).convert("RGB").save(data, "png")
+        decode(file.read_bytes()).image.save(data, "png")
         return data.getvalue()
 
     body = await asyncio.to_thread(pixels)
