@@ -101,7 +101,7 @@ def download(
                             not allowed, or the site says not to use it
         failed_to_resize    not an image, broken, truncated, or less than half of `image_size`
         hash_mismatch       not the image whose sha256 the corpus has
-        blocked             one of `blocked_sha256`
+        blocked             one of `blocked_sha256`; in the counts also those that `select.candidates` left out
         duplicate           looks like one of `exclude`, or one before it
         lost                img2dataset ended, or was ended, without an answer
 
@@ -158,7 +158,10 @@ def download(
         bar.close()
         records.sort(key=lambda record: record["candidate"])
         pq.write_table(pa.Table.from_pylist(records, SAMPLES), folder / "samples.parquet")
-        statuses = dict(sorted(Counter(record["status"] for record in records).items()))
+        counted = Counter(record["status"] for record in records)
+        if never_tried := int((candidates.schema.metadata or {}).get(b"blocked", 0)):
+            counted["blocked"] += never_tried
+        statuses = dict(sorted(counted.items()))
         shortfall = None
         if got < count:
             lost = ", ".join(f"{number} {status}" for status, number in statuses.items() if status != "success")
@@ -173,7 +176,7 @@ class _Judge:
     def __init__(self, count: int, exclude: Collection[str], blocked_sha256: Collection[str]) -> None:
         self.room = count
         self.hashes = [int(code, 16) for code in exclude]
-        self.blocked = frozenset(blocked_sha256)
+        self.blocked = frozenset(sha256.lower() for sha256 in blocked_sha256)
 
     def __call__(self, jpg: bytes, sha256: str, pinned: str | None) -> dict[str, str]:
         """Return what changes in the outcome: status and reason, or nothing for an image that is kept."""

@@ -16,7 +16,8 @@ from retrieval.index import Hits, read_header, read_rows, search
 CANDIDATES = pa.schema(
     [("url", pa.string()), ("caption", pa.string()), ("similarity", pa.float32()), ("sha256", pa.string())]
 )
-"""Columns of a candidate table; `sha256` is null where the corpus pins no hash."""
+"""Columns of a candidate table; `sha256` is null where the corpus pins no hash. Its metadata have `blocked`: how many
+nearer rows the block list left out."""
 
 Search = Callable[[Path, np.ndarray, int], Hits]
 
@@ -73,6 +74,7 @@ def nearest(
 ) -> list[pa.Table]:
     """Choose candidates for queries given as (q, d) float32 rows of unit length; see `candidates_by_class`."""
     total = read_header(index_dir)["rows"]
+    blocked = frozenset(sha256.lower() for sha256 in blocked_sha256)
     chosen: list[pa.Table | None] = [None] * len(queries)
     depth = min(total, max(4 * count, 64))
     while pending := [number for number, table in enumerate(chosen) if table is None]:
@@ -81,26 +83,33 @@ def nearest(
             numbers = pending[start : start + group]
             scores, rows = search(index_dir, queries[numbers], depth)
             known, place = np.unique(rows, return_inverse=True)
-            table = read_rows(index_dir, known)
+            found = read_rows(index_dir, known)
             for number, query_scores, places in zip(numbers, scores, place.reshape(rows.shape), strict=True):
                 # A row with the last score may have equals that were cut off: only a deeper search orders those.
                 safe = len(places) if depth == total else int(np.sum(query_scores > query_scores[-1]))
-                hits = table.take(pa.array(places[:safe]))
-                kept = _first_of_each(hits, count, max_nsfw, frozenset(blocked_sha256))
+                hits = found.take(pa.array(places[:safe]))
+                kept, left_out = _first_of_each(hits, count, max_nsfw, blocked)
                 if len(kept) == count or depth == total:
                     hits = hits.append_column("similarity", pa.array(query_scores[:safe], pa.float32()))
-                    chosen[number] = hits.take(pa.array(kept, pa.int64())).select(CANDIDATES.names)
+                    table = hits.take(pa.array(kept, pa.int64())).select(CANDIDATES.names)
+                    chosen[number] = table.replace_schema_metadata({"blocked": str(left_out)})
         depth = min(total, 4 * depth)
     return chosen
 
 
-def _first_of_each(hits: pa.Table, count: int, max_nsfw: float | None, blocked: frozenset[str]) -> list[int]:
-    """Row numbers of the first `count` hits that are allowed and say something new."""
+def _first_of_each(
+    hits: pa.Table, count: int, max_nsfw: float | None, blocked: frozenset[str]
+) -> tuple[list[int], int]:
+    """Row numbers of the first `count` hits that are allowed and say something new; how many before are blocked."""
     kept: list[int] = []
+    left_out = 0
     seen: set[tuple[str, str]] = set()
     columns = (hits.column(name).to_pylist() for name in ("url", "caption", "nsfw", "sha256"))
     for number, (url, caption, nsfw, sha256) in enumerate(zip(*columns, strict=True)):
-        if (max_nsfw is not None and (nsfw is None or nsfw > max_nsfw)) or sha256 in blocked:
+        if max_nsfw is not None and (nsfw is None or nsfw > max_nsfw):
+            continue
+        if sha256 and sha256.lower() in blocked:
+            left_out += 1
             continue
         marks = {("url", url.partition("#")[0]), ("caption", normalise_caption(caption))}
         if seen.isdisjoint(marks):
@@ -108,7 +117,7 @@ def _first_of_each(hits: pa.Table, count: int, max_nsfw: float | None, blocked: 
             kept.append(number)
             if len(kept) == count:
                 break
-    return kept
+    return kept, left_out
 
 
 def normalise_caption(caption: str) -> str:
