@@ -93,7 +93,7 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
     stages = plan.evaluations()
     places: dict[str, str] = {}
     if base["digest"] != next(iter(stages.values()))["merged"].params["base"]:
-        places["base"] = base_path(base["name"])
+        places["base"] = base_path(base["name"], plan.batch.folder)
         if base_digest(places["base"]) != base["digest"]:
             raise ValueError(
                 f"{release}: its base model {base['name']!r} is another by now; to go on without a comparison, publish "

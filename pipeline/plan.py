@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.merge.constraints import row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
-from pipeline.spec import Concept, ConceptBatch, clip_path
+from pipeline.places import masked
+from pipeline.reading import read_lines, read_written, shown
+from pipeline.spec import Concept, ConceptBatch, clip_path, public_name
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
 from retrieval.corpus import check_corpus, corpus_digest, precomputed
@@ -23,7 +27,7 @@ from training.augment import WHOLE_FROM
 from training.backbone import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
-from training.strategies import deepspeed_config, read_deepspeed_config
+from training.strategies import complete_deepspeed_config, deepspeed_config
 
 VERSIONS = {
     "index": 1,
@@ -140,7 +144,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     method = METHODS[training.method]
     shape = check_base(batch.base_path)
     base = {"base": base_digest(batch.base_path)}
-    notes: list[str] = []
+    notes = list(batch.notes)
     stages: list[Stage] = []
 
     def add(stage: Stage) -> Stage:
@@ -165,15 +169,18 @@ def make_plan(batch: ConceptBatch) -> Plan:
         raise UnusableConcepts(problems)
 
     index = None
-    blocked = _lines(retrieval.block_list)
-    clip = {"clip": clip_digest(clip_path(retrieval.clip))}
+    blocked = _blocked(batch.at(retrieval.block_list))
+    if blocked:
+        notes.append(f"{retrieval.block_list}: {len(blocked)} images are never used")
+    clip_place = clip_path(retrieval.clip, batch.folder)
+    clip = {"clip": clip_digest(clip_place)}
     if training.regularization == "real":
         index = add(
             Stage(
                 "index",
                 "corpus",
                 {"corpus": _corpus_digest(batch), **clip},
-                places={"corpus": retrieval.corpus, "clip": clip_path(retrieval.clip)},
+                places={"corpus": batch.corpus, "clip": clip_place},
             )
         )
 
@@ -193,7 +200,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                     "block_list": blocked,
                 },
                 (index,),
-                {"clip": clip_path(retrieval.clip)},
+                {"clip": clip_place},
             )
             if candidates.key not in {s.key for s in stages}:
                 add(candidates)
@@ -235,7 +242,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
     merged = add(_kept_stage(trained)) if method.unet != "text_kv" else _add_merge(batch, trained, shape, stages)
     judges = base | {
-        "clip": clip_digest(clip_path(batch.evaluation.clip)),
+        "clip": clip_digest(clip_path(batch.evaluation.clip, batch.folder)),
         "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
     }
     measured = [
@@ -249,17 +256,18 @@ def make_plan(batch: ConceptBatch) -> Plan:
         )
         if model != "merged_full" or method.unet == "text_kv"
     ]
+    spec = public_spec(batch)
     add(
         Stage(
             "release",
             batch.name,
             {
                 "name": batch.name,
-                "license": batch.publish.model_dump(include={"license", "license_name", "license_link"}),
-                "spec": batch.model_dump(mode="json", exclude=_PLACES),
+                "license": {key: spec["publish"][key] for key in ("license", "license_name", "license_link")},
+                "spec": spec,
             },
             (merged, *measured),
-            {"base": batch.base_path, "base_name": batch.base},
+            {"base": batch.base_path, "base_name": spec["base"]},
         )
     )
     return Plan(batch, tuple(stages), tuple(notes))
@@ -288,6 +296,16 @@ _PLACES: dict[str, Any] = {
     "merge": {"partial"},
 }
 """What of a batch says where or how, not what: no part of a release."""
+
+
+def public_spec(batch: ConceptBatch) -> dict[str, Any]:
+    """What a release says that it was asked for: nothing of the machine's folders, no passwords."""
+    spec = batch.model_dump(mode="json", exclude=_PLACES)
+    spec["base"] = public_name(spec["base"])
+    for section in ("retrieval", "evaluation"):
+        spec[section]["clip"] = public_name(spec[section]["clip"])
+    spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
+    return spec
 
 
 def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: list[Stage]) -> Stage:
@@ -344,7 +362,13 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
     settings = batch.training.model_dump(exclude={"composition", "augment", "views", "flip", *_HOW})
     how = batch.training
     if how.strategy == "deepspeed" and how.deepspeed.config:  # it can change the weights, as by quantized gradients
-        own = read_deepspeed_config(how.deepspeed.config, how.batch_size, how.ranks, how.max_grad_norm)
+        file = Path(batch.at(how.deepspeed.config))
+        try:
+            config = read_written(file, "DeepSpeed configuration (.json)").value
+        except ValueError as error:
+            raise ValueError(f"training.deepspeed.config: {error}") from None
+        where = f"training.deepspeed.config: {file}"
+        own = complete_deepspeed_config(config, where, how.batch_size, how.ranks, how.max_grad_norm)
         base = base | {"deepspeed": own}
     if len(group) == 1:
         settings |= group[0].training.model_dump(exclude_none=True)
@@ -389,7 +413,7 @@ def _evaluate_stage(batch: ConceptBatch, concept: Concept, params: dict[str, Any
         {
             "base": batch.base_path,
             "images": list(concept.images),
-            "clip": clip_path(batch.evaluation.clip),
+            "clip": clip_path(batch.evaluation.clip, batch.folder),
             "attention": batch.training.attention,
         },
     )
@@ -401,19 +425,35 @@ def _initializer(concept: Concept) -> str | int:
 
 
 def _corpus_digest(batch: ConceptBatch) -> str:
-    if batch.retrieval.corpus == "miniature":
+    if batch.corpus == "miniature":
         return f"miniature-{CORPUS_VERSION}-{batch.retrieval.miniature_captions}"
-    pairs = precomputed(batch.retrieval.corpus)
-    captions = pairs[0][1] if pairs else batch.retrieval.corpus
+    pairs = precomputed(batch.corpus)
+    captions = pairs[0][1] if pairs else batch.corpus
     check_corpus(captions, scores=batch.retrieval.max_nsfw is not None)
-    return corpus_digest(batch.retrieval.corpus)
+    return corpus_digest(batch.corpus)
 
 
-def _lines(path: str) -> list[str]:
-    if not path:
-        return []
-    try:
-        with open(path, encoding="utf-8") as f:
-            return sorted({line.strip() for line in f if line.strip()})
-    except OSError as error:
-        raise ValueError(f"retrieval.block_list: {path}: {error.strerror}") from None
+SUM = re.compile(
+    r"""(?: \\? sha2?-?256 \s* \(.*\) \s* = \s*   # SHA256 (file) = sum, as BSD and openssl print it
+        | \W* (?: sha-?256 \W+ )? )             # sum  file, as sha256sum does; "sum",…; sha256:sum
+        ([0-9a-f]{64}) (?! \w)""",
+    re.IGNORECASE | re.VERBOSE | re.ASCII,
+)
+
+
+def _blocked(path: str) -> list[str]:
+    """The sha256 sums of a block list, in lower case; lines that begin with `#` are comments.
+
+    Raises: ValueError naming the line that holds no sum.
+    """
+    found = set()
+    for number, line in read_lines(Path(path), "block list") if path else ():
+        match = SUM.match(line)
+        if match:
+            found.add(match[1].lower())
+        elif not line.startswith("#"):
+            raise ValueError(
+                f"{path}:{number}: expected a sha256 sum of 64 hexadecimal digits, as `sha256sum` prints it; found "
+                f"{shown(line)}"
+            )
+    return sorted(found)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
+from pipeline.places import masked
 from pipeline.plan import Plan, Stage
 from pipeline.stages import measures, regularization_set
 from pipeline.store import Store
@@ -77,7 +78,7 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     concepts = {name: _figures(stages, plan, store) for name, stages in plan.evaluations().items()}
     figures = {
         "name": plan.batch.name,
-        "release": release,
+        "release": masked(release),
         "seconds": seconds,
         "seconds_per_kind": {kind: round(sum(values.values()), 3) for kind, values in seconds.items()},
         "seconds_total": round(sum(sum(values.values()) for values in seconds.values()), 3),
@@ -246,7 +247,7 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         method=METHODS[plan.batch.training.method],
         charts=_alignment_charts(figures["concepts"]),
         colours=COLOURS,
-        spec=yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        spec=masked(yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

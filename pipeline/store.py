@@ -67,7 +67,10 @@ class Store:
         if self.is_local or not self.has(kind, key):
             raise FileNotFoundError(f"{self.root}: no artifact {kind}/{key}")
         with self._building(folder) as part:
-            self.fs.get(f"{self.base}/{kind}/{key}/", f"{part}/", recursive=True)
+            place = f"{self.base}/{kind}/{key}"
+            # a list of files, since a folder's name with brackets would be a pattern
+            names = [path.removeprefix(f"{place}/") for path in self.fs.find(place)]
+            self.fs.get([f"{place}/{name}" for name in names], [f"{part}/{name}" for name in names])
         return folder
 
     def manifest(self, kind: str, key: str) -> dict[str, Any]:

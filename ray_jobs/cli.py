@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.places import masked
 from ray_jobs.limits import EXIT as OUT_OF_TIME
 from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.releases import app as releases
@@ -38,10 +39,9 @@ Gpu = Annotated[
 
 
 def _load(path: Path, output: str | None):
-    from pipeline.spec import load_batch
+    from pipeline.spec import load_batch, overridden
 
-    batch = load_batch(path)
-    return batch.model_copy(update={"output": output}) if output else batch
+    return overridden(load_batch(path), output=output)
 
 
 @app.command()
@@ -62,10 +62,11 @@ def run(
 
     outcome = run_batch(_load(batch_file, output), limits)
     _print_summary(outcome.summary)
-    print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
+    release, figures = masked(outcome.release), outcome.report.parent / "summary.json"
+    print(f"made release {release}, report {outcome.report}, figures {figures}")
     if outcome.failures:
         for failure in outcome.failures:
-            print(f"left out: {failure}", file=sys.stderr)
+            print(f"left out: {masked(failure)}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -85,7 +86,7 @@ def retrain(
     """
     limits = Limits(deadline, device_wait, gpu)
     from pipeline.release.lease import Busy
-    from pipeline.spec import load_retraining
+    from pipeline.spec import load_retraining, overridden
     from ray_jobs.retrain import Exit, JsonLines
     from ray_jobs.retrain import retrain as bring_up_to_date
 
@@ -99,8 +100,7 @@ def retrain(
         logger.info("end", extra={"exit": int(code), "seconds": round(time.monotonic() - start, 1)})
 
     try:
-        asked = load_retraining(retraining_file)
-        asked = asked.model_copy(update={"output": output}) if output else asked
+        asked = overridden(load_retraining(retraining_file), output=output)
         outcome = bring_up_to_date(asked, wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
@@ -108,18 +108,18 @@ def retrain(
         log_end(ends.get(type(error), Exit.BAD_INPUT))
         if not isinstance(error, Busy):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         raise typer.Exit(Exit.BUSY) from None
     log_end(outcome.exit)
     for line in outcome.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"left out: {masked(line)}", file=sys.stderr)
     if outcome.exit == Exit.REFUSED:
         for verdict in outcome.verdicts:
             if not verdict.passed:
                 print(f"refused: {verdict}", file=sys.stderr)
-        print(f"kept the candidate {outcome.place}; the latest release is what it was")
+        print(f"kept the candidate {masked(outcome.place)}; the latest release is what it was")
     else:
-        print(f"the latest release is {outcome.place}")
+        print(f"the latest release is {masked(outcome.place)}")
     if outcome.exit:
         raise typer.Exit(outcome.exit)
 
@@ -159,7 +159,7 @@ def plan(
         return
     store, device = Store(batch.store_url), _this_device()
     cost = estimates(made, cuda=device.cuda)
-    print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
+    print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {masked(batch.store_url)}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
     seconds = 0.0
     needs: dict[str, float] = {}  # kind -> GiB of what is to do
@@ -354,7 +354,7 @@ def publish(
         print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
         return
     info = publish_folder(Path(folder), destination, signing_key=signing_key)
-    print(f"{'made release' if info.created else 'the same content is there already as'} {info.url}")
+    print(f"{'made release' if info.created else 'the same content is there already as'} {masked(info.url)}")
 
 
 @app.command()
@@ -477,21 +477,22 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(OUT_OF_TIME)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # of a copy both: which of them the disk is full of, or cannot be read, is not said
         names = [str(name) for name in (error.filename, error.filename2) if name]
         place = f"{' -> '.join(names)}: " if names else ""
-        print(f"error: {place}{error.strerror or error}; nothing half-written was kept", file=sys.stderr)
+        told = masked(f"{place}{error.strerror or error}")
+        print(f"error: {told}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if _is_from_outside(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr)
         elif isinstance(error, ImportError) and _is_missing_storage(error):
-            print(f"error: {error}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
+            print(f"error: {masked(str(error))}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
         else:
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(2)
 
 

@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline.estimate import Device, pack_size, stage_bytes
+from pipeline.places import masked
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
@@ -86,14 +87,14 @@ def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
     """
     if os.environ.get("RAY_ADDRESS"):
         batch.check_places()
-    signer(batch.publish.signing_key)  # a key that cannot be used is said now, not after the training
+    signer(batch.signing_key)  # a key that cannot be used is said now, not after the training
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = plan_usable(batch)
     plan, failed = build(plan, store, limits)
     last = plan.stages[-1]
     folder = store.path(last.kind, last.key)
-    release = publish(folder, batch.release_url, provenance(plan, store), batch.publish.signing_key)
+    release = publish(folder, batch.release_url, provenance(plan, store), batch.signing_key)
     report, figures = write_results(plan, store, release.url)
     return Outcome(release.url, report, figures, (*failures.values(), *failed))
 
@@ -131,7 +132,8 @@ def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[st
     (output / "summary.json").write_text(json.dumps(figures, indent=1))
     write_report(plan, store, release, output / "report.html")
     for name, concept in figures["concepts"].items():
-        if shortfall := concept.get("regularization", {}).get("shortfall"):
+        regularization = concept.get("regularization", {})
+        if shortfall := regularization.get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
     for line in figures["left_out"]:
         print(f"note: {line}", file=sys.stderr)
@@ -174,7 +176,7 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
     return {
         "batch": batch.name,
         "made_by": batch.publish.made_by or f"{_user()}@{socket.gethostname()}",
-        "base": {"name": batch.base, "digest": base_digest(batch.base_path)},
+        "base": {"name": last.params["spec"]["base"], "digest": base_digest(batch.base_path)},
         "corpus": next((s.params["corpus"] for s in plan.of("index")), None),
         "concepts": {
             c.name: {
@@ -378,7 +380,7 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
             unseen = Failure(f"done, but not in {store.root}, which all nodes have to reach")
             failure = failures.get(key, unseen)
             messages.append(f"{stage.kind} {stage.name}: {failure.message}")
-            print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
+            print(masked(failure.fault), file=sys.stderr, end="")  # ours, not the user's: worth having
     return messages
 
 

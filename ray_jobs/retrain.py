@@ -25,6 +25,7 @@ from fsspec.core import url_to_fs
 
 from pipeline.catalogue import read_catalogue
 from pipeline.gate import Verdict, baseline, judge, retention, scores_of
+from pipeline.places import masked
 from pipeline.plan import Plan
 from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
@@ -87,7 +88,7 @@ def retrain(asked: Retraining, wait: float = 0, limits: Limits = NO_LIMITS) -> O
     """
     if os.environ.get("RAY_ADDRESS"):
         asked.check_places()
-    signer(asked.publish.signing_key)  # a key that cannot be used is said now, not after the training
+    signer(asked.signing_key)  # a key that cannot be used is said now, not after the training
     with lease(asked.release_url, asked.lease, min(wait, limits.left)) as held:
         return _retrain(asked, held.check, limits)
 
@@ -149,7 +150,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         log.error("refused", extra={"candidate": place, "refused_by": [str(v) for v in verdicts if not v.passed]})
         _push(asked, current)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
-    release = publish(folder, destination, facts, asked.publish.signing_key, check)
+    release = publish(folder, destination, facts, asked.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
     write_results(plan, store, release.url)
     _push(asked, release.url)
@@ -254,7 +255,7 @@ def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> 
         folder = Path(scratch) / "candidate"
         shutil.copytree(store.path(last.kind, last.key), folder)
         shutil.copy(report, folder / "report.html")
-        return keep_candidate(folder, destination, last.key, facts, plan.batch.publish.signing_key)
+        return keep_candidate(folder, destination, last.key, facts, plan.batch.signing_key)
 
 
 def _exit(left_out: Sequence[str]) -> Exit:
@@ -270,7 +271,7 @@ class JsonLines(logging.Formatter):
         extra = {key: value for key, value in vars(record).items() if key not in self.STANDARD}
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
-        return json.dumps(line, default=str)
+        return masked(json.dumps(line, default=str))
 
 
 if __name__ == "__main__":

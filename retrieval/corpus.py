@@ -186,8 +186,10 @@ def _files(path: str, *suffixes: str) -> tuple[fsspec.AbstractFileSystem, list[s
         filesystem, root = fsspec.url_to_fs(path)
         if filesystem.isfile(root):
             return filesystem, [root]
-        found = filesystem.glob(root) if fsspec.core.has_magic(root) else []
-        found = found or (filesystem.find(root) if filesystem.isdir(root) else [])
+        if filesystem.isdir(root):  # also one with brackets in its name
+            found = filesystem.find(root)
+        else:
+            found = filesystem.glob(root) if fsspec.core.has_magic(root) else []
     files = sorted(file for file in found if file.endswith(suffixes))
     if not files:
         raise ValueError(f"corpus {path}: no .parquet file there")

@@ -6,9 +6,7 @@ out are those that one process would have made, and any strategy goes on from an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -235,18 +233,17 @@ def deepspeed_config(batch_size: int, max_grad_norm: float, *, zero: Literal[1, 
     }
 
 
-def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm: float) -> dict[str, Any]:
-    """A DeepSpeed configuration of the user's own (JSON), completed with what the batch says. batch_size: of a step.
+def complete_deepspeed_config(
+    config: Any, where: str, batch_size: int, ranks: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """A DeepSpeed configuration of the user's own, completed with what the batch says. where: it is from, for messages.
+    batch_size: of a step.
 
-    Raises: ValueError when it cannot be read, shares nothing out, or asks for what the batch says otherwise.
+    Raises: ValueError when it is none, shares nothing out, or asks for what the batch says otherwise.
     """
-    where = f"training.deepspeed.config: {path}"
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{where}: expected a JSON object")
+    config = dict(config)
     for key in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"):
         if key in config:
             raise ValueError(f"{where}: {key!r} is not used: learning rates and precision are `training`'s")

@@ -19,6 +19,7 @@ from pipeline.merge.compress import rounded
 from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
 from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums, report
+from pipeline.reading import read_lines
 from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
@@ -75,7 +76,7 @@ def merge_files(
     if remove and not sums:
         raise ValueError("merge: name the sums that concepts are to be removed from")
     backbone = load_backbone(base)
-    lines = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for _, line in read_lines(captions, "file of captions, one a line")]
     if not lines:
         raise ValueError(f"{captions}: no captions in it; one a line is expected")
     rows = regularization_rows(backbone, lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
+from pipeline.reading import read_written
 from pipeline.release.publish import MANIFEST, resolve, verify
 from pipeline.release.versions import fetch, read
 
@@ -61,8 +61,8 @@ def _content(api: HfApi, repository: str, revision: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             file = api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=scratch)
-            return json.loads(Path(file).read_text())["content"]
-        except (RemoteEntryNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # someone else's tag
+            return str(read_written(Path(file), "manifest").value["content"])
+        except (RemoteEntryNotFoundError, ValueError, KeyError, TypeError):  # someone else's tag
             return ""
 
 

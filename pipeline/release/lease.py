@@ -26,6 +26,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.reading import parse_written
 from pipeline.release.publish import create, make_folder
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str
     """Until when it is held, and by whom. seconds: length of a lease that does not say its own."""
     try:
         try:
-            value = json.loads(fs.cat_file(path))
+            value = parse_written(fs.cat_file(path), path, is_json=True).value
             length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])
             if not (math.isfinite(length) and math.isfinite(until)):
                 raise ValueError(value)

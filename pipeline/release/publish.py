@@ -9,6 +9,7 @@ no renaming of folders (object stores, which write an object whole or not at all
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -27,6 +28,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from pipeline.places import check_named
+from pipeline.reading import parse_written, shown
 from pipeline.release.manifest import FORMAT, Described, content_sum, leaves_its_folder, own_sum, parse
 from pipeline.release.sign import Sign, is_signed, signer
 
@@ -87,9 +90,9 @@ def publish(
         OSError: what the file system says (a full disk); what was half-written is removed.
         RuntimeError: what was written is not what was to be.
     """
+    destination = check_named(destination).rstrip("/")
     manifest = _described(folder, provenance)
     sign = signer(signing_key)
-    destination = destination.rstrip("/")
     fs, root = url_to_fs(destination)
     make_folder(fs, root)
     fs.invalidate_cache()
@@ -156,7 +159,7 @@ def resolve(destination: str) -> str:
     Raises:
         ValueError: nothing was published there, or `latest.json` is damaged.
     """
-    destination = destination.rstrip("/")
+    destination = check_named(destination).rstrip("/")
     fs, root = url_to_fs(destination)
     fs.invalidate_cache()
     if not fs.exists(f"{root}/{LATEST}"):
@@ -290,7 +293,8 @@ def remove(fs: AbstractFileSystem, place: str) -> None:
     """Remove a version or candidate; the manifest goes first, so that what is half removed never looks whole."""
     if fs.exists(f"{place}/{MANIFEST}"):
         fs.rm_file(f"{place}/{MANIFEST}")
-    fs.rm(place, recursive=True)
+    # but for local folders, brackets in a name would be a pattern
+    fs.rm(place if isinstance(fs, LocalFileSystem) else glob.escape(place), recursive=True)
 
 
 def make_folder(fs: AbstractFileSystem, folder: str) -> None:
@@ -390,7 +394,7 @@ def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[s
     """
     path = f"{root}/{alias}.json"
     try:
-        content = json.loads(fs.cat_file(path))
+        content = parse_written(fs.cat_file(path), f"{alias}.json", is_json=True).value
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -398,10 +402,10 @@ def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[s
     if alias != "latest" and not (isinstance(content, dict) and "version" in content):
         return {}
     if not isinstance(content, dict) or not isinstance(content.get("rolled_back", []), list):
-        raise ValueError(f"{path}: damaged: it says {content!r}")
+        raise ValueError(f"{path}: damaged: it says {shown(content)}")
     for version in (content.get("version"), *content.get("rolled_back", [])):
         if not isinstance(version, str) or not VERSION.fullmatch(version):
-            raise ValueError(f"{path}: damaged: names no version: {version!r}")
+            raise ValueError(f"{path}: damaged: names no version: {shown(version)}")
     return content
 
 

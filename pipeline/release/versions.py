@@ -13,6 +13,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from pipeline.places import check_named
 from pipeline.release.manifest import leaves_its_folder
 from pipeline.release.publish import (
     ALIAS,
@@ -259,7 +260,7 @@ def _named(fs: AbstractFileSystem, root: str) -> set[str]:
 
 
 def _open(destination: str) -> tuple[AbstractFileSystem, str]:
-    fs, root = url_to_fs(destination.rstrip("/"))
+    fs, root = url_to_fs(check_named(destination).rstrip("/"))
     fs.invalidate_cache()
     return fs, root
 
