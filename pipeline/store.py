@@ -24,6 +24,8 @@ from typing import Any
 
 import fsspec
 
+from training.durable import replace
+
 MANIFEST = "manifest.json"
 DAY = 86_400
 """Seconds."""
@@ -114,7 +116,7 @@ class Store:
         try:
             yield part
             try:
-                os.replace(part, folder)
+                replace(part, folder)
             except OSError:
                 if not (folder / MANIFEST).exists():  # else another process was first with the same artifact
                     raise

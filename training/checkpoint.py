@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from training.durable import replace
+
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file."""
+    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file, nor does one after
+    a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata)
         part.chmod(0o644)  # safetensors leaves files that only their owner reads
-        os.replace(part, path)
+        replace(part, path)
     except SafetensorError as error:  # it hides the operating system's error, a full disk's too
         raise OSError(errno.EIO, str(error), str(path)) from None
     finally:
@@ -27,22 +32,33 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    with _open(path) as f:
+    """Tensors and metadata of a safetensors file.
+
+    Raises: FileNotFoundError when there is none; ValueError when it is damaged, or something else.
+    """
+    with _opened(path) as f:
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file, not a dict)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, whose tensors are not read."""
-    with _open(path) as f:
+    """Metadata of a safetensors file, whose tensors are not read. Raises: as `load_tensors`."""
+    with _opened(path) as f:
         return f.metadata() or {}
 
 
-def _open(path: Path) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path}: not a file")
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as f:
+            yield f
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except OSError as error:  # without the file's name
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
