@@ -40,6 +40,28 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file, not a dict)
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load_numbers(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As `load_tensors`, of a file that may be a stranger's.
+
+    Raises: ValueError, too, for tensors of whole or complex numbers, or of fewer bits than float16, and for NaN and
+        infinite values.
+    """
+    tensors, metadata = load_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name!r} is {_short(tensor.dtype)}; expected {', '.join(map(_short, FLOATS))}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name!r} holds values that are not finite")
+    return tensors, metadata
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def load_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file, whose tensors are not read. Raises: as `load_tensors`."""
     with _opened(path) as f:

@@ -1,4 +1,5 @@
-"""Files that outlast a power failure: what is renamed into its place has to be on the disk before, and the rename, too."""
+"""Files that outlast a power failure: what is renamed into its place is on the disk before that, and so is the rename
+after it."""
 
 from __future__ import annotations
 

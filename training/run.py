@@ -67,7 +67,7 @@ class TrainingSettings:
     seed: int
     optimizer: str
     checkpoint_every: int
-    sample_every: int
+    sample_every: int | None
     method: str = "custom_diffusion"
     train_text_encoder: bool = False
 
@@ -91,8 +91,8 @@ class Member:
 
 
 Checkpoint = tuple[dict[str, torch.Tensor], dict[str, str]]
-"""Tensors and metadata: `weight.<parameter>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses, and a checksum of
-the tensors. It is the same whatever the strategy was and however many ranks there were."""
+"""Tensors and metadata: `weight.<parameter>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses, and a checksum
+of the tensors. It is the same whatever the strategy was and however many ranks there were."""
 
 CHECKPOINT, OLDER = "checkpoint.safetensors", "checkpoint-older.safetensors"
 """In a member's scratch folder: the last checkpoint, and the one before."""
@@ -141,7 +141,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     """Of the tensors' names and bytes."""
     sum_ = 0
     for name in sorted(tensors):
-        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         sum_ = zlib.crc32(data, zlib.crc32(name.encode(), sum_))
     return f"{sum_:08x}"
 
@@ -236,11 +236,13 @@ class Run:
     def check(self, loss: float, norm: float) -> None:
         for what, number in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(number):
-                raise TrainingDiverged(
-                    f"{_names(self.member)}: the {what} became {number} at step "
-                    f"{self.step + 1}; the checkpoint of an earlier step stays in {self.member.scratch}; lower "
-                    f"training.learning_rate (now {self.member.settings.learning_rate})"
-                )
+                raise self._diverged(f"the {what} became {number} at step {self.step + 1}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{_names(self.member)}: {what}; the checkpoint of an earlier step stays in {self.member.scratch}; lower "
+            f"training.learning_rate (now {self.member.settings.learning_rate})"
+        )
 
     def record(self, loss: float, norm: float) -> None:
         self.losses.append(loss)
@@ -279,7 +281,11 @@ class Run:
             save_tensors(last, tensors, {"losses": json.dumps(self.losses), "checksum": _checksum(tensors)})
 
     def weights(self, backbone: Backbone) -> ConceptWeights:
+        """What was trained. Raises: TrainingDiverged where it is no number: after the last step no loss says so."""
         matrices, rows = self.values()
+        for tensor in (*matrices.values(), *rows):
+            if not torch.isfinite(tensor).all():
+                raise self._diverged(f"a weight is no finite number after step {self.step}")
         deltas = {n: (w.detach() - backbone.parameters[n].float()).cpu() for n, w in matrices.items()}
         tokens = {c.token: [row[i].detach().cpu().clone() for row in rows] for i, c in enumerate(self.member.taught)}
         metadata = {
