@@ -199,6 +199,13 @@ def test_nan_stops_and_keeps_the_checkpoint(backbone, concepts, settings, tmp_pa
     assert not any(p.requires_grad for p in backbone.unet.parameters())
 
 
+def test_weights_that_are_no_numbers_after_the_last_step(backbone, concepts, settings, tmp_path):
+    """No loss says so any more."""
+    wild = dataclasses.replace(settings, steps=1, learning_rate=1e39)
+    with pytest.raises(TrainingDiverged, match="cat: a weight is no finite number after step 1; .*learning_rate"):
+        train_alone(backbone, concepts[:1], wild, scratch=tmp_path)
+
+
 def test_known_tokens_and_long_initializers_are_refused(backbone, concepts, settings, tmp_path):
     known = dataclasses.replace(concepts[0], token="cat")
     with pytest.raises(ValueError, match="'cat': the base model's tokenizer knows it already"):
@@ -230,16 +237,17 @@ def test_token_rows_leave_the_table_alone(backbone):
     assert rows.rows.grad[1].eq(1).all() and rows.rows.grad[0].eq(0).all()
 
 
-def test_logs_and_samples(backbone, concepts, settings, tmp_path):
+@pytest.mark.parametrize(("every", "steps"), [(3, [3, 4]), (None, [])])
+def test_logs_and_samples(backbone, concepts, settings, tmp_path, every, steps):
     drawn: list[int] = []
     train_alone(
         backbone,
         concepts[:1],
-        dataclasses.replace(settings, sample_every=3),
+        dataclasses.replace(settings, steps=4, sample_every=every),
         scratch=tmp_path,
         sample=lambda _, path, step: (drawn.append(step), Image.new("RGB", (8, 8)).save(path))[0],
     )
-    assert drawn == [3, 6]
+    assert drawn == steps
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
