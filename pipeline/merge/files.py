@@ -81,6 +81,8 @@ def _check_tokens(place: str | Path, tokens: dict[str, list[torch.Tensor]], back
     for token, rows in tokens.items():
         if (found := [len(row) for row in rows]) != widths:
             raise ValueError(f"{place}: token {token!r} has rows of widths {found}; this base model's are {widths}")
+        if any(len(t(token, add_special_tokens=False).input_ids) < 2 for t in backbone.tokenizers):
+            raise ValueError(f"{place}: token {token!r} is a word that this base model's tokenizer knows already")
     read: dict[str, str] = {}
     for token in tokens:
         if (other := read.setdefault(as_read(token, backbone), token)) != token:
@@ -196,7 +198,7 @@ class _Merged:
 
     def with_added(self, path: Path, backbone: Backbone) -> tuple[_Merged, list[Constraint]]:
         """With the concepts of a file, and their constraints, which are not in the sums yet."""
-        weights = _load_concepts(path, backbone)
+        weights = load_concepts(path, backbone)
         names = {concept["name"] for concept in self.concepts}
         for concept in weights.metadata["concepts"]:
             if concept["name"] in names:
@@ -218,7 +220,7 @@ class _Merged:
         return _Merged(self.sums, self.tokens | weights.tokens, concepts, demanded), constraints
 
     def without(self, path: Path, backbone: Backbone) -> _Merged:
-        weights = _load_concepts(path, backbone)
+        weights = load_concepts(path, backbone)
         gone = {concept["name"] for concept in weights.metadata["concepts"]}
         digest = _digest(weights)
         if self.sums is None or any(self.demanded.get(name) != digest for name in gone):
@@ -245,7 +247,11 @@ def _digest(weights: ConceptWeights) -> str:
     return digest.hexdigest()
 
 
-def _load_concepts(path: Path, backbone: Backbone) -> ConceptWeights:
+def load_concepts(path: Path, backbone: Backbone) -> ConceptWeights:
+    """Concept weights that can be merged over this base, from a file that may be a stranger's.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    """
     weights = ConceptWeights.load(path)
     check_fit(path, weights, backbone)
     if not weights.metadata.get("base"):

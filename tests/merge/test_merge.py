@@ -24,7 +24,7 @@ from pipeline.merge.constraints import (
     save_constraints,
 )
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.files import as_read, load_change, load_weights, merge_files
+from pipeline.merge.files import load_change, load_concepts, load_weights, merge_files
 from pipeline.merge.solve import Sums, damped_gram, merge, report, solve_soft
 from pipeline.spec import MINIATURE, Merge
 from training.checkpoint import load_tensors, save_tensors
@@ -421,7 +421,7 @@ DAMAGE = {
         lambda w: _row(w, lambda rows: [torch.ones(7)]),
         r"rows of widths \[7\]; this base model's are \[192\]",
     ),
-    "two encoders": (lambda w: _row(w, lambda rows: rows * 2), r"rows of widths \[192, 192\]"),
+    "two encoders": (lambda w: _row(w, lambda rows: [rows[0], rows[0].clone()]), r"rows of widths \[192, 192\]"),
     "a matrix of rows": (lambda w: _row(w, lambda rows: [rows[0][None]]), "is no row of a token"),
     "another's row": (lambda w: dataclasses.replace(w, tokens={"<x>": [torch.ones(192)]}), r"go by \['<a>'\], but it"),
     "a known word": (
@@ -441,15 +441,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_file_that_cannot_be_merged(backbone, tmp_path, damage):
-    """The message names it, and nothing is written."""
     spoil, message = DAMAGE[damage]
-    file, captions = tmp_path / "strange.safetensors", tmp_path / "captions.txt"
+    file = tmp_path / "strange.safetensors"
     spoil(_weights(backbone, "a", 0)).save(file)
-    captions.write_text("a cat\na dog\na house")
-    for files in ({"paths": [file]}, {"paths": [], "remove": [file], "sums": tmp_path / "none"}):
-        with pytest.raises(ValueError, match=f"strange.safetensors: .*{message}"):
-            merge_files(captions=captions, base=MINIATURE / "model", out=tmp_path / "m.safetensors", **files)
-    assert not (tmp_path / "m.safetensors").exists()
+    with pytest.raises(ValueError, match=f"strange.safetensors: .*{message}"):
+        load_concepts(file, backbone)
 
 
 def _bytes_of(header: dict, data: bytes = b"") -> bytes:
@@ -487,7 +483,7 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
     assert load_change(str(file), backbone)[0].keys() == backbone.layers.keys()
     for model, message in (
         (
-            MergedModel(fits | {layer: long}, {SHARED: long.T.contiguous()}, {}),
+            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}),
             r"\(200000, 200000\); this base model has",
         ),
         (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}), r"\(\d+, 1\) and \(2, 192\), do not go together"),
@@ -517,27 +513,21 @@ def test_sums_of_strangers(backbone, tmp_path):
         ({}, {"merged": metadata["merged"].replace("class_word", "word")}, "names no concepts"),
     ):
         save_tensors(sums, tensors | changed, metadata | said)
-        with pytest.raises(ValueError, match=f"sums.safetensors: {message}"):
+        with pytest.raises(ValueError, match=f"sums.safetensors: .*{message}"):
             merge_files([], captions, MINIATURE / "model", sums=sums, out=out)
     captions.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"captions.txt: no text in UTF-8"):
         merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", out=out)
 
 
-@pytest.mark.parametrize("token", ["<NEW1>", "<new1>", "<\N{FULLWIDTH LATIN SMALL LETTER N}ew1>", "<Cafe\u0301>"])
-def test_tokens_that_are_one_word_to_the_tokenizer(backbone, tmp_path, token):
+@pytest.mark.parametrize(("first", "second"), [("<new1>", "<NEW1>"), ("<caf\u00e9>", "<Cafe\u0301>")])
+def test_tokens_that_are_one_word_to_the_tokenizer(backbone, tmp_path, first, second):
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\na dog\na house")
-    first = "<caf\u00e9>" if "afe" in token else "<new1>"
-    for name, word in (("a", first), ("b", token)):
-        weights = _weights(backbone, name, 0)
-        concepts = [{"name": name, "token": word, "class_word": "cat"}]
-        _said(dataclasses.replace(weights, tokens={word: [torch.ones(192)]}), concepts=concepts).save(
-            tmp_path / f"{name}.safetensors"
-        )
-    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    if as_read(token, backbone) != as_read(first, backbone):
-        merge_files(files, captions, MINIATURE / "model", out=tmp_path / "m.safetensors")
-        return
+    files = []
+    for name, token in (("a", first), ("b", second)):
+        files.append(tmp_path / f"{name}.safetensors")
+        weights = dataclasses.replace(_weights(backbone, name, 0), tokens={token: [torch.ones(192)]})
+        _said(weights, concepts=[{"name": name, "token": token, "class_word": "cat"}]).save(files[-1])
     with pytest.raises(ValueError, match=r"b.safetensors: token .* is another concept's too"):
         merge_files(files, captions, MINIATURE / "model", out=tmp_path / "m.safetensors")

@@ -202,7 +202,7 @@ def test_nan_stops_and_keeps_the_checkpoint(backbone, concepts, settings, tmp_pa
 def test_weights_that_are_no_numbers_after_the_last_step(backbone, concepts, settings, tmp_path):
     """No loss says so any more."""
     wild = dataclasses.replace(settings, steps=1, learning_rate=1e39)
-    with pytest.raises(TrainingDiverged, match="cat: a weight is no finite number after step 1; .*learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"cat: a weight is no finite number after step 1; .*learning_rate"):
         train_alone(backbone, concepts[:1], wild, scratch=tmp_path)
 
 
