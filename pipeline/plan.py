@@ -380,11 +380,7 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
         " + ".join(concepts),
         base | {"training": settings, "concepts": concepts},
         tuple(features[c.name] for c in group),
-        {
-            "base": batch.base_path,
-            **batch.training.model_dump(include=_HOW),
-            "sample_every": batch.training.sample_every or settings["steps"],
-        },
+        {"base": batch.base_path, **batch.training.model_dump(include=_HOW)},
     )
 
 

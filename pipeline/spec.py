@@ -247,7 +247,8 @@ class Training(Section):
     seed: int = Field(0, ge=0)
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
-    """Draw a sample grid every so many steps (and at the end); at the end only when empty."""
+    """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
+    evaluation draws the same concepts, too."""
 
     @field_validator("prompt")
     @classmethod
@@ -296,7 +297,7 @@ class Training(Section):
 
 class Merge(Section):
     partial: bool = False
-    """Go on without the concepts that failed (the run then ends with exit code 1); otherwise nothing is merged."""
+    """Go on without the concepts that failed (the run then ends with exit code 5); otherwise nothing is merged."""
     form: Literal["auto", "hard", "soft"] = "auto"
     """Constraints met exactly, or as a penalty; auto: exactly while that keeps to `max_drift`."""
     max_drift: float = Field(0.1, gt=0)

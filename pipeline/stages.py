@@ -223,7 +223,7 @@ def train_pack(
     """Train the stages as one concept pack over one resident base; those the store has are left out.
 
     Each artifact is written as its member ends. strategy: how the ranks that call this alike share the work.
-    Returns: key -> why, of the stages whose training diverged.
+    Returns: key -> why, of the stages whose training diverged or whose features cannot be read.
     """
     strategy = strategy or Single()
     todo = [stage for stage in stages if not store.has(stage.kind, stage.key)]
@@ -236,8 +236,20 @@ def train_pack(
         backbone.unet.enable_gradient_checkpointing()
     else:
         backbone.unet.disable_gradient_checkpointing()
-    members = [_member(stage, store) for stage in todo]
-    stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
+    failures: dict[str, str] = {}
+    members: list[Member] = []
+    stage_of: dict[int, Stage] = {}
+    for stage in todo:
+        try:
+            members.append(_member(stage, store))
+        except (ValueError, OSError) as error:  # damaged features are to sink no other member
+            if strategy.ranks > 1:  # the others would wait for this one
+                raise
+            failures[stage.key] = str(error)
+            continue
+        stage_of[id(members[-1])] = stage
+    if not members:
+        return failures
 
     def sample(member: Member, path: Path, step: int) -> None:
         prompts = [member.settings.prompt.format(c.phrase) for c in member.concepts for _ in range(4)]
@@ -252,7 +264,6 @@ def train_pack(
         if strategy.rank == 0:
             progress(stage_of[id(member)], "steps", step, member.settings.steps)
 
-    failures = {}
     seconds, since, active = 0.0, time.time(), len(members)
     with backbone.compiled() if places["compile"] else contextlib.nullcontext():
         for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
@@ -345,7 +356,8 @@ def merge_concepts(work: Work) -> None:
     concepts = [concept for entry in described for concept in entry["concepts"]]
     tokens: dict[str, list[torch.Tensor]] = {}
     for path in work.inputs["constraints"]:
-        tokens |= tokens_from(load_tensors(path / "tokens.safetensors")[0])
+        file = path / "tokens.safetensors"
+        tokens |= tokens_from(load_tensors(file)[0], file)
     captions = _captions(work.inputs.get("regularization", []), settings["captions"], concepts)
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}

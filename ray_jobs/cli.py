@@ -7,10 +7,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +22,7 @@ from pipeline.places import masked
 from ray_jobs.limits import EXIT as OUT_OF_TIME
 from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.releases import app as releases
+from ray_jobs.terminal import print
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(releases, name="release")
@@ -54,20 +58,25 @@ def run(
 ) -> None:
     """Do everything a batch asks for: retrieve, train, merge, measure, publish, report.
 
-    Exit code 1 when concepts that failed were left out, as `merge.partial` allows; 2 when nothing was released;
+    Exit code 5 when concepts that failed were left out, as `merge.partial` allows; 2 when something failed;
     124 when the time was up.
     """
     limits = Limits(deadline, device_wait, gpu)
+    from ray_jobs.concept_batch import Exit
     from ray_jobs.concept_batch import run as run_batch
 
-    outcome = run_batch(_load(batch_file, output), limits)
+    batch = _load(batch_file, output)
+    _refuse_overwriting(_results(batch.output_path), [batch_file])
+    outcome = run_batch(batch, limits)
     _print_summary(outcome.summary)
     release, figures = masked(outcome.release), outcome.report.parent / "summary.json"
     print(f"made release {release}, report {outcome.report}, figures {figures}")
+    if outcome.hub:
+        print(f"it is at {outcome.hub}")
     if outcome.failures:
         for failure in outcome.failures:
             print(f"left out: {masked(failure)}", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.PARTIAL)
 
 
 @app.command()
@@ -81,13 +90,15 @@ def retrain(
 ) -> None:
     """Bring releases up to date with a concept catalogue: train what changed, publish if the gate passes.
 
-    Exit code 0: released, or nothing changed; 1: so, but concepts that failed were left out; 2: bad input or a failure;
-    3: the gate refused, the candidate is kept; 4: another run is at work; 124: the time was up.
+    Exit code 0: released, or nothing changed; 2: bad input or a failure; 3: the gate refused, the candidate is kept;
+    4: another run is at work; 5: released, or nothing changed, but concepts that failed were left out; 124: the time
+    was up.
     """
     limits = Limits(deadline, device_wait, gpu)
     from pipeline.release.lease import Busy
     from pipeline.spec import load_retraining, overridden
-    from ray_jobs.retrain import Exit, JsonLines
+    from ray_jobs.concept_batch import Exit
+    from ray_jobs.retrain import JsonLines
     from ray_jobs.retrain import retrain as bring_up_to_date
 
     logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
@@ -101,6 +112,7 @@ def retrain(
 
     try:
         asked = overridden(load_retraining(retraining_file), output=output)
+        _refuse_overwriting(_results(asked.output_path), [retraining_file])
         outcome = bring_up_to_date(asked, wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
@@ -226,18 +238,23 @@ def submit(
     output: Output = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
 ) -> None:
-    """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code 1 when the job
-    fails."""
+    """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code that of the job's
+    `run`; 1 when it was stopped or lost."""
     from ray_jobs.jobs import follow
     from ray_jobs.jobs import submit as submit_job
 
     job = submit_job(batch_file, address, output)
     print(f"submitted {job}", flush=True)
-    if wait:
-        status = asyncio.run(follow(job, address))
-        print(f"{job} {status.value}")
-        if status.value != "SUCCEEDED":
-            raise typer.Exit(1)
+    if not wait:
+        return
+    try:
+        details = asyncio.run(follow(job, address))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"interrupted; {job} goes on: `polyconcept status` and `polyconcept stop` name it", file=sys.stderr)
+        raise _Told(stop.code if isinstance(stop, SystemExit) else 130) from None
+    print(f"{job} {details.status.value}")
+    if details.status.value != "SUCCEEDED":
+        raise typer.Exit(details.driver_exit_code or 1)
 
 
 @app.command()
@@ -277,15 +294,16 @@ def sample(
         raise ValueError(f"--out {out}: give a .png, .jpg or .webp file in a folder that is there")
     from tqdm import tqdm
 
-    from pipeline.merge.files import load_change
+    from pipeline.merge.files import load_change, weights_file
     from pipeline.sampling import draw, grid
     from pipeline.spec import base_path
     from training.backbone import load_backbone
 
-    deltas, tokens, digest = load_change(weights)
+    file = weights_file(weights)
+    folder = [] if file == weights else [os.path.dirname(file)]  # of a release, which is not to be added to
+    _refuse_overwriting({"--out": out}, [weights, *folder, base_path(base)])
     backbone = load_backbone(base_path(base))
-    if digest and digest != backbone.digest:
-        raise ValueError(f"{weights} was trained over a base with digest {digest}, but {base!r} has {backbone.digest}")
+    deltas, tokens = load_change(weights, backbone)
     prompts = [p for p in prompt for _ in range(count)]
     with backbone.changed(deltas, tokens), tqdm(total=len(prompts), unit="image") as bar:
         images = draw(
@@ -328,6 +346,9 @@ def merge(
     from pipeline.merge.files import merge_files
     from pipeline.spec import base_path
 
+    read = [captions, base_path(base), *(weights or ()), *(remove or ())]
+    _refuse_overwriting({"--out": out}, [*read, *([sums] if sums else [])])
+    _refuse_overwriting({"--sums": sums} if sums else {}, [*read, out])
     model, report = merge_files(
         weights or (), captions, base_path(base), form=form, sums=sums, remove=remove or (), out=out
     )
@@ -353,6 +374,8 @@ def publish(
     if destination.startswith(SCHEME):
         print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
         return
+    if "://" not in destination:
+        _refuse_overwriting({"destination": Path(destination)}, [folder])
     info = publish_folder(Path(folder), destination, signing_key=signing_key)
     print(f"{'made release' if info.created else 'the same content is there already as'} {masked(info.url)}")
 
@@ -374,6 +397,8 @@ def report(batch_file: BatchFile, output: Output = None) -> None:
         )
     release = resolve(batch.release_url)
     folder = Path(batch.output_path)
+    _refuse_overwriting(_results(folder), [batch_file])
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary(made, store, release), indent=1))
     write_report(made, store, release, folder / "report.html")
     print(f"made {folder / 'report.html'} and {folder / 'summary.json'}")
@@ -406,7 +431,9 @@ def serve_preference(
     """Show images of different methods side by side on a web page, and store which ones people prefer."""
     from pipeline.evaluation.preference import serve
 
-    serve(folder, answers or folder / "answers.sqlite", host=host, port=port, pairs=pairs)
+    answers = answers or folder / "answers.sqlite"
+    _refuse_overwriting({"--answers": answers}, [folder / "images.parquet", folder / "images.csv"])
+    serve(folder, answers, host=host, port=port, pairs=pairs)
 
 
 @preference.command("report")
@@ -449,6 +476,26 @@ def _print_summary(figures: dict[str, Any]) -> None:
     )
 
 
+def _results(output: str | Path) -> dict[str, Path]:
+    """What a run writes to its output folder under names that a file of the user's may have."""
+    return {name: Path(output) / name for name in ("report.html", "summary.json")}
+
+
+def _refuse_overwriting(outputs: dict[str, Path], inputs: Iterable[str | Path]) -> None:
+    """outputs: files or folders to be written, by what names them. inputs: files and folders that are read; what is no
+    path here (a URL, a model's name on the hub) is passed over.
+
+    Raises: ValueError when one of the outputs is one of the inputs, or in it.
+    """
+    for name, out in outputs.items():
+        for read in map(Path, inputs):
+            same = out.resolve() == read.resolve()
+            same = same or (out.exists() and read.exists() and out.samefile(read))  # hard links
+            if same or (read.is_dir() and out.resolve().is_relative_to(read.resolve())):
+                where = "is read or written, too" if same else f"is in {read}, which is read"
+                raise ValueError(f"{name} {out}: {where}; give another place")
+
+
 def _is_from_outside(error: Exception) -> bool:
     """Whether S3's client or Ray raised it, for which they have no OSError. Not imported: none of theirs."""
     kinds = (("botocore.exceptions", "BotoCoreError"), ("ray.exceptions", "RayError"))
@@ -461,16 +508,34 @@ def _is_missing_storage(error: ImportError) -> bool:
     return frame.f_globals.get("__name__") == "fsspec.registry"
 
 
+class _Told(SystemExit):
+    """The end of a command that has said itself what became of it."""
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way to end is not to be disturbed
+    sys.exit(128 + number)
+
+
+STOPPED = (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
+"""Exit codes after Ctrl-C (typer's) and these signals."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
-    of ours is a traceback and exit code 2, too: 1 says that something was released."""
+    of ours is a traceback and exit code 2, too; Ctrl-C and a signal to end are a message and 128 and their number."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # of products of 4-bit matrices, of which there are none
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]  # not nohup's
+    for number in ending:
+        signal.signal(number, _stop)
     try:
         app(arguments)
+    except _Told:
+        raise
     except SystemExit as stop:
-        if stop.code == 130:  # typer's for Ctrl-C
+        if stop.code in STOPPED:
             print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
         raise
     except OutOfTime as error:
@@ -494,6 +559,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

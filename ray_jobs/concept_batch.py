@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import functools
 import getpass
 import importlib.metadata
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,39 +31,62 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline.estimate import Device, pack_size, stage_bytes
 from pipeline.places import masked
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
+from pipeline.release.hub import push
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
-from pipeline.spec import Concept, ConceptBatch
+from pipeline.spec import Concept, ConceptBatch, Settings
 from pipeline.stages import find_candidates, run_stage, shown, train_pack
 from pipeline.store import Store, content_key
-from ray_jobs.board import Board, Failure
+from ray_jobs.board import Board, Failure, Notes
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
+from ray_jobs.limits import EXIT as OUT_OF_TIME
 from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
 from ray_jobs.same_code import SameCode, code_here
+from ray_jobs.terminal import print, printable
 from training.backbone import base_digest
 
 ON_DEVICE = {
-    "index",
-    "candidates",
-    "generated",
-    "features",
-    "train",
-    "constraints",
-    "merge",
-    "evaluate",
-    "compose",
-    "release",
+    "index": 1,
+    "candidates": 1,
+    "generated": 4,
+    "features": 4,
+    "train": 1,
+    "constraints": 4,
+    "merge": 1,
+    "evaluate": 4,
+    "compose": 4,
+    "release": 1,
 }
-"""Stages that run the model, on a GPU where the cluster has any."""
+"""Kinds of stages that run the model, on a GPU where the cluster has any; and how many of them share a node's cores
+where it has none. However many there are to do, and whatever runs beside them: the number of threads changes rounding,
+and a stage is to give the same bits each time."""
+
+
+class Exit(enum.IntEnum):
+    """How a run or a retraining ended. Never 1, with which Python and Ray end a process that they give up."""
+
+    DONE = 0
+    """Released; or, of a retraining, nothing changed, or the catalogue asks for what people rolled back from."""
+    BAD_INPUT = 2
+    """Bad input, or something failed; the message says what."""
+    REFUSED = 3
+    """The gate refused; the candidate is kept."""
+    BUSY = 4
+    """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
+    PARTIAL = 5
+    """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
+    OUT_OF_TIME = OUT_OF_TIME
+    """The deadline passed, or no device came in time: nothing was released, what was finished is kept."""
 
 
 class StageFailed(ValueError):
@@ -69,21 +95,24 @@ class StageFailed(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made. failures: what went wrong with the concepts that were left out (`merge.partial`)."""
+    """What a run made. failures: what went wrong with the concepts that were left out (`merge.partial`); hub: the
+    release's place there, where `publish.hub` asks for it."""
 
     release: str
     report: Path
     summary: dict[str, Any]
     failures: tuple[str, ...] = ()
+    hub: str = ""
 
 
 NO_LIMITS = Limits()
 
 
 def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
-    """Do all stages of a batch that are not done yet, publish the release and write the report.
+    """Do all stages of a batch that are not done yet, publish the release (to the hub, too) and write the report.
 
-    Raises: ValueError for bad input; StageFailed naming every stage that failed; OutOfTime as `limits` say.
+    Raises: ValueError for bad input, and where the hub cannot be had; StageFailed naming every stage that failed;
+        OutOfTime as `limits` say.
     """
     if os.environ.get("RAY_ADDRESS"):
         batch.check_places()
@@ -96,7 +125,19 @@ def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
     folder = store.path(last.kind, last.key)
     release = publish(folder, batch.release_url, provenance(plan, store), batch.signing_key)
     report, figures = write_results(plan, store, release.url)
-    return Outcome(release.url, report, figures, (*failures.values(), *failed))
+    hub = push_release(batch, release.url)
+    return Outcome(release.url, report, figures, (*failures.values(), *failed), hub)
+
+
+def push_release(settings: Settings, release: str) -> str:
+    """Copy a release to the hub that the settings name, also when it is not new: that may have failed last time.
+    Returns its place there, empty when they name none. Raises: ValueError when the hub cannot be had or refuses."""
+    if not settings.publish.hub:
+        return ""
+    try:
+        return push(release, settings.publish.hub)
+    except ValueError as error:
+        raise ValueError(f"{release} is released, but not on the hub; run again to copy it: {error}") from None
 
 
 def build(plan: Plan, store: Store, limits: Limits) -> tuple[Plan, list[str]]:
@@ -230,13 +271,25 @@ def ray_session() -> Iterator[None]:
         yield
         return
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not on_cluster and os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        print(
+            "note: RAY_AUTH_MODE=disabled lets other users of this machine run code in this Ray; unset it",
+            file=sys.stderr,
+        )
     # "local": without it Ray also takes up a cluster that someone once started on this machine
     options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
+    clusters, on_term = ray_constants.ENABLE_RAY_CLUSTER, signal.getsignal(signal.SIGTERM)
     try:
+        # without clusters, as on macOS, Ray listens at the loopback address only
+        ray_constants.ENABLE_RAY_CLUSTER = clusters and on_cluster
         ray.init(logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
         place = f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
         raise OSError(f"{place}: {error}") from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # Ray has put one of its own there
     try:
         yield
     finally:
@@ -258,6 +311,7 @@ def _work(
     """Do one stage, or several trainings as a pack, or the searches of an index as one. Failures are returned, not
     raised: what does not depend on them goes on. Key -> failure, also of what was finished before it."""
     torch.set_num_threads(share.cpus)
+    Notes.go_to(board)
     broken = {key for failures in upstream for key in failures}
     failures: dict[str, Failure] = {}
     runnable = list(stages)
@@ -322,7 +376,6 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
     smallest = int(min(node["Resources"].get("memory", 0) for node in nodes))
     devices = gpus or len(nodes)
     check_devices(plans, todo, cores, gpus)
-    counts = collections.Counter(stages[0].kind for stages in jobs)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside this process: other nodes may go away
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": len(jobs) + 1000}
@@ -339,16 +392,16 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
         # such a task only waits for processes that it has Ray start, and those take the resources
         spread = stages[0].places.get("distributor") == "ray"
         waits = together or spread or kind == "candidates" or on_actors(stages[0], devices)
-        at_once, memory = counts[kind], 0
+        memory, cpus = 0, 1
         if together:
-            at_once = min(at_once, max(1, devices // ranks))
+            at_once = max(1, devices // ranks)
+            cpus = 1 if gpus else max(1, min(most, cores // (at_once * ranks)))
             if len(waiting) >= at_once:
                 needs.add(waiting[-at_once])  # no more at a time than there are devices for
-        elif not (waits or gpus):
-            memory = min(smallest, stage_bytes(plan_of[stages[0].key], stages))
-            at_once = min(at_once, len(nodes) * (smallest // memory)) if memory else at_once
-        cpus = max(1, min(most, cores // (at_once * ranks))) if kind in ON_DEVICE and not gpus else 1
-        while cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
+        elif not gpus:
+            memory = 0 if waits else min(smallest, stage_bytes(plan_of[stages[0].key], stages))
+            cpus = max(1, most // ON_DEVICE[kind]) if kind in ON_DEVICE else 1
+        while together and cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
             cpus -= 1
         ref = (
             (on_gpu if gpus and kind in ON_DEVICE and not waits else work)
@@ -498,15 +551,19 @@ def _follow(
     quarters: dict[str, int] = {}
     on_terminal = sys.stderr.isatty()  # else lines, as a job's log wants them
     with tqdm(total=len(by_key), desc="stages", unit="stage", disable=not on_terminal) as total:
-        ended = 0
+        ended = noted = 0
         while waiting:
             check()
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             running = {stage.key for stages in waiting.values() for stage in stages}
-            for key, (what, count, of) in ray.get(board.get.remote()).items():
+            state, notes = ray.get(board.get.remote())
+            for note in notes[noted:]:
+                tqdm.write(printable(f"note: {note}"), file=sys.stderr)
+            noted = len(notes)
+            for key, (what, count, of) in state.items():
                 if key not in running:
                     continue
-                title = f"{by_key[key].kind} {by_key[key].name}"
+                title = printable(f"{by_key[key].kind} {by_key[key].name}")
                 if key not in bars:
                     bars[key] = tqdm(total=of, desc=title, unit=what, leave=False, disable=not on_terminal)
                 bars[key].n = count

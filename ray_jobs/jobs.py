@@ -8,7 +8,6 @@ import itertools
 import os
 import secrets
 import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.places import located
 from pipeline.spec import batch_from, is_suite, one_is_a_list, overridden, read_batch
+from ray_jobs.terminal import print
 from training.images import list_images
 
 PLACES = (
@@ -189,13 +189,12 @@ def stop(job: str, address: str | None) -> JobDetails:
     return details
 
 
-async def follow(job: str, address: str | None) -> JobStatus:
+async def follow(job: str, address: str | None) -> JobDetails:
     """Print a job's log until it ends; returns how it ended."""
     connection = client(address)
     async for lines in connection.tail_job_logs(job):
-        sys.stdout.write(lines)
-        sys.stdout.flush()
-    return connection.get_job_status(job)
+        print(lines, end="", flush=True)
+    return connection.get_job_info(job)
 
 
 def describe(details: JobDetails) -> Iterator[str]:

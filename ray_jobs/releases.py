@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ray_jobs.terminal import print
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Releases = Annotated[str, typer.Argument(help="Folder or URL of releases.")]

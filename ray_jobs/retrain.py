@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import json
 import logging
 import os
@@ -27,7 +26,6 @@ from pipeline.catalogue import read_catalogue
 from pipeline.gate import Verdict, baseline, judge, retention, scores_of
 from pipeline.places import masked
 from pipeline.plan import Plan
-from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
 from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish, versions
 from pipeline.release.sign import signer
@@ -36,36 +34,20 @@ from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
 from ray_jobs.concept_batch import (
     NO_LIMITS,
+    Exit,
     StageFailed,
     build,
     plan_usable,
     provenance,
+    push_release,
     ray_session,
     run_stages,
     write_results,
 )
-from ray_jobs.limits import EXIT as OUT_OF_TIME
 from ray_jobs.limits import Limits
 from ray_jobs.metrics import GATE
 
 log = logging.getLogger("polyconcept.retrain")
-
-
-class Exit(enum.IntEnum):
-    """How a retraining ended."""
-
-    DONE = 0
-    """Released, or nothing changed, or the catalogue asks for what people rolled back from."""
-    PARTIAL = 1
-    """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
-    BAD_INPUT = 2
-    """Bad input, or something failed; the message says what."""
-    REFUSED = 3
-    """The gate refused; the candidate is kept."""
-    BUSY = 4
-    """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
-    OUT_OF_TIME = OUT_OF_TIME
-    """The deadline passed, or no device came in time: nothing was released, what was finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +140,8 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
 
 
 def _push(asked: Retraining, release: str) -> None:
-    if asked.publish.hub:  # also when nothing is released: it may have failed last time
-        log.info("on the hub", extra={"place": push(release, asked.publish.hub)})
+    if place := push_release(asked, release):
+        log.info("on the hub", extra={"place": place})
 
 
 def _usable(asked: Retraining, latest: Version | None) -> tuple[list[Concept], dict[str, str]]:

@@ -57,7 +57,7 @@ def train(
             than text K/V layers and token rows take one member.
         strategy: how several processes do this together, each of which calls `train` alike; one process when None.
         sample: called with a member, a file name and the step, with the backbone in the member's trained state, to
-            draw a grid.
+            draw a grid: every `sample_every` steps and at the end, never where that is None.
         progress: called with a member, its finished step and its loss.
 
     Raises:
@@ -98,7 +98,7 @@ def train(
         while active:
             for run in [run for run in active if run.done]:
                 run.close()
-                yield run.member, run.weights(backbone)
+                yield run.member, _outcome(run, backbone)
                 active.remove(run)
             if not active:
                 break
@@ -124,7 +124,7 @@ def train(
                 settings = run.member.settings
                 if progress:
                     progress(run.member, run.step, loss)
-                if sample and (run.step % settings.sample_every == 0 or run.done):
+                if sample and settings.sample_every and (run.step % settings.sample_every == 0 or run.done):
                     path = run.member.scratch / f"samples-{run.step:05d}.png"
                     # by all ranks, as each may hold only a share of the model
                     with _autocast(backbone), only(layers, i):
@@ -136,6 +136,13 @@ def train(
             # else they would take memory through the next forward and backward pass
             for parameter in (*(layer.weight for layer in layers.values()), *tokens):
                 parameter.grad = None
+
+
+def _outcome(run: Run, backbone: Backbone) -> ConceptWeights | TrainingDiverged:
+    try:
+        return run.weights(backbone)
+    except TrainingDiverged as error:
+        return error
 
 
 def _add_tokens(backbone: Backbone, members: Sequence[Member]) -> list[nn.Parameter]:

@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.backbone import Backbone
-from training.checkpoint import load_tensors
 from training.pack import Layers
-from training.run import Checkpoint, Member, Run
+from training.run import Checkpoint, Member, Run, find_checkpoint
 
 
 class Single:
@@ -37,11 +36,13 @@ class Single:
         span: slice,
     ) -> Run:
         """The member's run, from its checkpoint where there is one; see `Run`."""
-        return Run(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
+        found = self._found(member, backbone, layers, tokens)
+        return Run(member, backbone, layers, tokens, span, found, writes=self.rank == 0)
 
-    def _found(self, member: Member) -> Checkpoint | None:
-        path = member.scratch / "checkpoint.safetensors"
-        return load_tensors(path) if path.exists() else None
+    def _found(
+        self, member: Member, backbone: Backbone, layers: Layers, tokens: Sequence[nn.Parameter]
+    ) -> Checkpoint | None:
+        return find_checkpoint(member, backbone, layers, tokens)
 
     def wrap(self, objective: nn.Module, runs: Sequence[Run]) -> nn.Module:
         """The objective as it is to be called; once the members' weights are the objective's."""
@@ -61,9 +62,11 @@ class DDP(Single):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def _found(self, member: Member) -> Checkpoint | None:
+    def _found(
+        self, member: Member, backbone: Backbone, layers: Layers, tokens: Sequence[nn.Parameter]
+    ) -> Checkpoint | None:
         # the ranks may be on machines that do not share the scratch folder
-        box = [super()._found(member) if self.rank == 0 else None]
+        box = [super()._found(member, backbone, layers, tokens) if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -100,7 +103,8 @@ class DeepSpeed(DDP):
         tokens: Sequence[nn.Parameter],
         span: slice,
     ) -> Run:
-        return _ZeroRun(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
+        found = self._found(member, backbone, layers, tokens)
+        return _ZeroRun(member, backbone, layers, tokens, span, found, writes=self.rank == 0)
 
     def wrap(self, objective: nn.Module, runs: Sequence[Run]) -> nn.Module:
         import deepspeed

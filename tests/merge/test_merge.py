@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -21,9 +24,10 @@ from pipeline.merge.constraints import (
     save_constraints,
 )
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.merge.files import merge_files
+from pipeline.merge.files import load_change, load_concepts, load_weights, merge_files
 from pipeline.merge.solve import Sums, damped_gram, merge, merge_sums, report, solve_soft
 from pipeline.spec import MINIATURE, Merge
+from training.checkpoint import load_tensors, save_tensors
 from training.weights import ConceptWeights
 
 D, OUTS = 24, {"a.to_k": 16, "a.to_v": 16, "b.to_k": 40}
@@ -410,3 +414,146 @@ def test_only_the_very_file_that_was_added_is_removed(backbone, tmp_path):
     ):
         merged(remove=[files["again"]])
     assert [concept["name"] for concept in merged(remove=[files["gate"]]).metadata["concepts"]] == ["b"]
+
+
+# --- files of strangers ----------------------------------------------------------------------------------
+
+
+def _first(weights: ConceptWeights, change) -> ConceptWeights:
+    name = next(iter(weights.deltas))
+    return dataclasses.replace(weights, deltas=weights.deltas | {name: change(weights.deltas[name])})
+
+
+def _row(weights: ConceptWeights, change) -> ConceptWeights:
+    (token,) = weights.tokens
+    return dataclasses.replace(weights, tokens={token: change(weights.tokens[token])})
+
+
+def _said(weights: ConceptWeights, **changes) -> ConceptWeights:
+    return dataclasses.replace(weights, metadata=weights.metadata | changes)
+
+
+DAMAGE = {
+    "NaN": (lambda w: _first(w, lambda t: t * float("nan")), "holds values that are not finite"),
+    "infinite": (lambda w: _row(w, lambda rows: [rows[0] / 0]), "holds values that are not finite"),
+    "int8": (lambda w: _first(w, lambda t: t.to(torch.int8)), "is int8; expected float16, bfloat16, float32, float64"),
+    "complex": (lambda w: _first(w, lambda t: t.to(torch.complex64)), "is complex64; expected"),
+    "float8": (lambda w: _first(w, lambda t: t.to(torch.float8_e5m2)), "is float8_e5m2; expected"),
+    "turned": (lambda w: _first(w, lambda t: t.T.contiguous()), "this base model has"),
+    "a vector": (lambda w: _first(w, lambda t: t[0]), "this base model has"),
+    "a layer less": (lambda w: dataclasses.replace(w, deltas=dict(list(w.deltas.items())[1:])), "has no change of"),
+    "a layer more": (lambda w: dataclasses.replace(w, deltas=w.deltas | {"x": torch.ones(1)}), "none of this name"),
+    "wide row": (
+        lambda w: _row(w, lambda rows: [torch.ones(7)]),
+        r"rows of widths \[7\]; this base model's are \[192\]",
+    ),
+    "two encoders": (lambda w: _row(w, lambda rows: [rows[0], rows[0].clone()]), r"rows of widths \[192, 192\]"),
+    "a matrix of rows": (lambda w: _row(w, lambda rows: [rows[0][None]]), "is no row of a token"),
+    "another's row": (lambda w: dataclasses.replace(w, tokens={"<x>": [torch.ones(192)]}), r"go by \['<a>'\], but it"),
+    "a known word": (
+        lambda w: _said(
+            dataclasses.replace(w, tokens={"cat": w.tokens["<a>"]}),
+            concepts=[{"name": "a", "token": "cat", "class_word": "cat"}],
+        ),
+        "knows",
+    ),
+    "another base": (lambda w: _said(w, base="0123"), "made over a base with digest 0123"),
+    "no base": (lambda w: _said(w, base=""), "does not say over which base"),
+    "no concepts": (lambda w: _said(w, concepts=[]), "names no concepts"),
+    "odd concepts": (lambda w: _said(w, concepts=[{"name": 1}]), "names no concepts"),
+    "another kind": (lambda w: _said(w, kind="lora"), "holds no concept weights"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_cannot_be_merged(backbone, tmp_path, damage):
+    spoil, message = DAMAGE[damage]
+    file = tmp_path / "strange.safetensors"
+    spoil(_weights(backbone, "a", 0)).save(file)
+    with pytest.raises(ValueError, match=f"strange.safetensors: .*{message}"):
+        load_concepts(file, backbone)
+
+
+def _bytes_of(header: dict, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_no_file_of_weights(tmp_path):
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, content, message in (
+        ("empty", b"", "not a whole safetensors file"),
+        ("text", b"version https://git-lfs.github.com/spec/v1" * 9, "not a whole safetensors file"),
+        ("nothing", _bytes_of({}), "holds no merged model"),
+        ("no-json", _bytes_of({"__metadata__": {"polyconcept": "{"}}), "is no JSON"),
+        ("deep", _bytes_of({"__metadata__": {"polyconcept": "[" * 100_000}}), "is no JSON"),
+        ("list", _bytes_of({"__metadata__": {"polyconcept": "[]"}}), "is no JSON object"),
+    ):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.safetensors: .*{message}"):
+            load_weights(tmp_path / f"{name}.safetensors")
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors: not a file"):
+            load_weights(tmp_path / f"{name}.safetensors")
+
+
+def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
+    """Of rank 1 they are small, whatever matrix they stand for."""
+    file = tmp_path / "m.safetensors"
+    fits = {name: torch.ones(len(layer.weight), 1) for name, layer in backbone.layers.items()}
+    layer = next(iter(fits))
+    right, long = {SHARED: torch.ones(1, 192)}, torch.ones(200_000, 1)
+    MergedModel(fits, right, {}).save(file)
+    assert load_change(str(file), backbone)[0].keys() == backbone.layers.keys()
+    for model, message in (
+        (
+            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}),
+            r"\(200000, 200000\); this base model has",
+        ),
+        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}), r"\(\d+, 1\) and \(2, 192\), do not go together"),
+        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(192)}, {}), "do not go together"),
+        (MergedModel(fits, right, {}, {"base": "0123"}), "digest 0123"),
+        (MergedModel(fits, right, {"<x>": [torch.ones(3)]}), "token '<x>' has rows of widths"),
+    ):
+        model.save(file)
+        with pytest.raises(ValueError, match=f"m.safetensors: .*{message}"):
+            load_change(str(file), backbone)
+
+
+def test_sums_of_strangers(backbone, tmp_path):
+    captions, sums, out = (tmp_path / name for name in ("captions.txt", "sums.safetensors", "m.safetensors"))
+    captions.write_bytes(b"\xef\xbb\xbfa cat\na dog\na house")
+    _weights(backbone, "a", 0).save(tmp_path / "a.safetensors")
+    merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", sums=sums, out=out)
+    tensors, metadata = load_tensors(sums)
+    cross = next(name for name in tensors if name.startswith("cross."))
+    for changed, said, message in (
+        ({"gram": tensors["gram"] * float("nan")}, {}, "'gram' holds values that are not finite"),
+        ({"gram": tensors["gram"][:3]}, {}, "no 'gram' of the shape"),
+        ({cross: tensors[cross].T.contiguous()}, {}, "no 'cross.* of the shape"),
+        ({}, {"merged": "{}"}, "not what `merge --sums` writes"),
+        ({}, {"rows": "many"}, "not what `merge --sums` writes"),
+        ({}, {"merged": metadata["merged"].replace("class_word", "word")}, "names no concepts"),
+    ):
+        save_tensors(sums, tensors | changed, metadata | said)
+        with pytest.raises(ValueError, match=f"sums.safetensors: .*{message}"):
+            merge_files([], captions, MINIATURE / "model", sums=sums, out=out)
+    captions.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"captions.txt: no text in UTF-8"):
+        merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", out=out)
+
+
+@pytest.mark.parametrize(("first", "second"), [("<new1>", "<NEW1>"), ("<caf\u00e9>", "<Cafe\u0301>")])
+def test_tokens_that_are_one_word_to_the_tokenizer(backbone, tmp_path, first, second):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat\na dog\na house")
+    files = []
+    for name, token in (("a", first), ("b", second)):
+        files.append(tmp_path / f"{name}.safetensors")
+        weights = dataclasses.replace(_weights(backbone, name, 0), tokens={token: [torch.ones(192)]})
+        _said(weights, concepts=[{"name": name, "token": token, "class_word": "cat"}]).save(files[-1])
+    with pytest.raises(ValueError, match=r"b.safetensors: token .* is another concept's too"):
+        merge_files(files, captions, MINIATURE / "model", out=tmp_path / "m.safetensors")

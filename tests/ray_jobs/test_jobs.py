@@ -81,7 +81,7 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
 
     # what only the nodes can tell
     batch.write_text(batch.read_text().replace("images: cat", "images: /nowhere/cat"))
-    assert polyconcept("submit", str(batch)).returncode == 1
+    assert polyconcept("submit", str(batch)).returncode == 2
     told = polyconcept("status").stdout
     assert "failed with exit code 2" in told and "no images at '/nowhere/cat'" in told.splitlines()[-1]
 
