@@ -15,14 +15,17 @@ from typing import Any
 from pipeline.merge.constraints import row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
+from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
 from retrieval.corpus import corpus_digest, precomputed, read_corpus
-from training.backbone import Base, base_digest, check_base
+from training.augment import SIZE_WORDS
+from training.base import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
 from training.strategies import deepspeed_config, read_deepspeed_config
+from training.tokens import Words
 
 VERSIONS = {
     "index": 1,
@@ -146,22 +149,20 @@ def make_plan(batch: ConceptBatch) -> Plan:
         stages.append(stage)
         return stage
 
+    _check_steps(batch, shape)
+    problems = _check_words(batch, shape.words)
     digests: dict[str, list[str]] = {}
-    problems: dict[str, str] = {}
-    for i, concept in enumerate(batch.concepts):
+    for concept in batch.concepts:
         try:
             images = load_images(list(concept.images))
             digests[concept.name] = images.digests
             notes += [f"{concept.name}: {note}" for note in images.notes]
             notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
-            if concept.token and method.token == "rare":
-                shape.check_rare(concept.token)
-            elif concept.token:
-                shape.check_new(concept.token, _initializer(concept))
         except ValueError as error:
-            problems[concept.name] = f"concepts[{i}] ({concept.name}): {error}"
+            problems.setdefault(concept.name, str(error))
     if problems:
-        raise UnusableConcepts(problems)
+        places = {c.name: f"concepts[{i}] ({c.name})" for i, c in enumerate(batch.concepts)}
+        raise UnusableConcepts({name: f"{places[name]}: {problem}" for name, problem in problems.items()})
 
     index = None
     blocked = _lines(retrieval.block_list)
@@ -288,11 +289,72 @@ _PLACES: dict[str, Any] = {
 """What of a batch says where or how, not what: no part of a release."""
 
 
+def _check_steps(batch: ConceptBatch, shape: Base) -> None:
+    try:
+        check_steps(batch.evaluation.steps, shape.timesteps)
+    except ValueError as error:
+        raise ValueError(f"evaluation.steps: {error}") from None
+
+
+def _check_words(batch: ConceptBatch, words: Words) -> dict[str, str]:
+    """What is wrong with the words that a concept goes by, and with the prompts that they make: name -> why."""
+    problems: dict[str, str] = {}
+    new = METHODS[batch.training.method].token == "new"
+    for concept in batch.concepts:
+        try:
+            if concept.token and new:
+                words.check_new(concept.token)
+                words.check_initializer(_initializer(concept))
+            elif concept.token:
+                words.check_rare(concept.token)
+        except ValueError as error:
+            problems[concept.name] = str(error)
+    usable = [concept for concept in batch.concepts if concept.name not in problems]
+    words = _knowing(words, batch, usable)
+    for concept in usable:
+        for key, prompts in _prompts(batch, concept).items():
+            try:
+                words.check_fits(prompts)
+            except ValueError as error:
+                problems.setdefault(concept.name, f"{key}: {error}")
+    return problems
+
+
+def _knowing(words: Words, batch: ConceptBatch, concepts: Sequence[Concept]) -> Words:
+    """With the tokens that training makes."""
+    new = METHODS[batch.training.method].token == "new"
+    return words.knowing([concept.token for concept in concepts if concept.token and new])
+
+
+def check_pair(batch: ConceptBatch, concepts: Sequence[Concept], prompts: Sequence[str]) -> None:
+    """prompts: with `{0}` and `{1}`. Raises: ValueError for one that is too long with both concepts in it."""
+    phrases = [concept.phrase for concept in concepts]
+    words = _knowing(check_base(batch.base_path).words, batch, concepts)
+    words.check_fits([prompt.format(*phrases) for prompt in prompts])
+
+
+def _prompts(batch: ConceptBatch, concept: Concept) -> dict[str, list[str]]:
+    """All that a text encoder will read of a concept, by the keys of the batch file that say it."""
+    training, phrase = batch.training, concept.phrase
+    caption = training.prompt.format(phrase)
+    own = "" if concept.prompts else "evaluation."
+    prompts = {
+        "class_word": [phrase],
+        "training.prompt": [caption, *(f"{words} {caption}" for words in SIZE_WORDS if training.augment)],
+        f"{own}prompts": [prompt.format(phrase) for prompt in batch.prompts_of(concept)],
+    }
+    if METHODS[training.method].unet == "text_kv":
+        prompts["merge.prompts"] = [prompt.format(phrase) for prompt in batch.merge.prompts]
+    if training.regularization == "generated":
+        prompts["class_prompt"] = [_generated_prompt(batch, concept)]
+    return prompts
+
+
 def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: list[Stage]) -> Stage:
     """Lay out the merge of trained text K/V layers, its constraints and sums; returns the stage of the merge."""
     prompts = {"prompts": list(batch.merge.prompts)}
     constraints = [Stage("constraints", t.name, prompts, (t,), {"base": batch.base_path}) for t in trained]
-    rows = sum(row_count(shape.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
+    rows = sum(row_count(shape.words.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
     sums: list[Stage] = []
     if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
         if batch.merge.form == "hard":
@@ -326,16 +388,19 @@ def _kept_stage(trained: list[Stage]) -> Stage:
 def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
     """Regularisation images that the base draws itself; concepts of one class have one key, whatever the seed of the
     training, so they are drawn once."""
-    prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
     return Stage(
         "generated",
         concept.name,
         base
-        | {"prompt": prompt, "images": batch.retrieval.images}
+        | {"prompt": _generated_prompt(batch, concept), "images": batch.retrieval.images}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),
         (),
         {"base": batch.base_path, "attention": batch.training.attention},
     )
+
+
+def _generated_prompt(batch: ConceptBatch, concept: Concept) -> str:
+    return concept.class_prompt or batch.training.prompt.format(concept.class_word)
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, Any]) -> Stage:

@@ -42,7 +42,8 @@ from ray_jobs.board import Board, Failure
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
-from training.backbone import base_digest
+from training.base import base_digest
+from training.tokens import spelling
 
 ON_DEVICE = {
     "index",
@@ -400,7 +401,7 @@ def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
         key = content_key([_shared(stage)])
-        tokens = [token for token, _, _ in stage.params["concepts"].values() if token]
+        tokens = [spelling(token) for token, _, _ in stage.params["concepts"].values() if token]
         # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
         place = max((before[key, token] for token in tokens), default=0)
         before.update({(key, token): place + 1 - before[key, token] for token in tokens})

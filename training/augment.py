@@ -10,6 +10,8 @@ from PIL import Image
 
 SMALL_WORDS = ("very small", "far away")
 LARGE_WORDS = ("zoomed in", "close up")
+SIZE_WORDS = SMALL_WORDS + LARGE_WORDS
+"""What may stand before a caption."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
 from training.checkpoint import load_metadata, load_tensors
+from training.tokens import spelling
 from training.weights import ConceptWeights, token_tensors, tokens_from
 
 DEFAULTS = Merge()
@@ -141,13 +142,17 @@ class _Merged:
         weights = ConceptWeights.load(path)
         _check_base(path, weights.metadata.get("base", ""), backbone)
         names = {concept["name"] for concept in self.concepts}
+        words = {_word(concept): concept["name"] for concept in self.concepts}
         for concept in weights.metadata["concepts"]:
             if concept["name"] in names:
                 raise ValueError(
                     f"{path}: a concept {concept['name']!r} is merged already; remove that one to replace it"
                 )
-        if twice := set(self.tokens) & set(weights.tokens):
-            raise ValueError(f"{path}: token {min(twice)!r} is another concept's too; each concept needs its own")
+            if (other := words.setdefault(word := _word(concept), concept["name"])) != concept["name"]:
+                what = "token" if concept["token"] else "class word of a new category"
+                raise ValueError(
+                    f"{path}: {what} {word!r} is that of the concept {other!r} too; train one of them with another"
+                )
         concepts = [*self.concepts, *weights.metadata["concepts"]]
         demanded = self.demanded | {concept["name"]: _digest(weights) for concept in weights.metadata["concepts"]}
         constraints = constraint_of(backbone, weights, DEFAULTS.prompts)
@@ -169,6 +174,11 @@ class _Merged:
         # of nothing but rounding, when no concept is left
         sums = self.sums - Sums.over(constraint_of(backbone, weights, DEFAULTS.prompts)) if concepts else None
         return _Merged(sums, tokens, concepts, demanded)
+
+
+def _word(concept: dict[str, Any]) -> str:
+    """By which prompts know a concept."""
+    return spelling(concept["token"] or concept["class_word"])
 
 
 def _digest(weights: ConceptWeights) -> str:
