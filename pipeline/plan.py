@@ -118,7 +118,8 @@ def of_bare_class(evaluation: Stage) -> Stage:
 def of_pair(first: Stage, second: Stage, prompts: Sequence[str]) -> Stage:
     """The model of two concepts' evaluations asked for both in one image. prompts: with `{0}` and `{1}`."""
     both = (first, second)
-    params = {key: first.params[key] for key in ("base", "clip", "judge", "model", "evaluation")}
+    shared = ("base", "safety_checker", "clip", "judge", "model", "evaluation")
+    params = {key: first.params[key] for key in shared if key in first.params}
     return Stage(
         "compose",
         f"{' and '.join(stage.params['concept'] for stage in both)}: {first.params['model']}",
@@ -142,6 +143,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
     method = METHODS[training.method]
     shape = check_base(batch.base_path)
     base = {"base": base_digest(batch.base_path)}
+    # drawn without it; what was drawn when it was still on has another key
+    drawing: dict[str, Any] = base | ({"safety_checker": False} if shape.has_safety_checker else {})
     notes: list[str] = []
     stages: list[Stage] = []
 
@@ -217,7 +220,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 ),
             )
         elif training.regularization == "generated":
-            inputs = (add(_generated_stage(batch, concept, base)),)
+            inputs = (add(_generated_stage(batch, concept, drawing)),)
         features[concept.name] = add(
             Stage(
                 "features",
@@ -233,7 +236,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     groups = [list(batch.concepts)] if training.composition == "joint" else [[c] for c in batch.concepts]
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
     merged = add(_kept_stage(trained)) if method.unet != "text_kv" else _add_merge(batch, trained, shape, stages)
-    judges = base | {
+    judges = drawing | {
         "clip": clip_digest(clip_path(batch.evaluation.clip)),
         "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
     }
@@ -385,13 +388,13 @@ def _kept_stage(trained: list[Stage]) -> Stage:
     return Stage("merge", "all concepts", {}, tuple(trained))
 
 
-def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
+def _generated_stage(batch: ConceptBatch, concept: Concept, drawing: dict[str, Any]) -> Stage:
     """Regularisation images that the base draws itself; concepts of one class have one key, whatever the seed of the
     training, so they are drawn once."""
     return Stage(
         "generated",
         concept.name,
-        base
+        drawing
         | {"prompt": _generated_prompt(batch, concept), "images": batch.retrieval.images}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),
         (),

@@ -39,6 +39,11 @@ def rename(file: Path, name: str) -> None:
     file.rename(file.with_name(name))
 
 
+def no_words(tokenizer: Path) -> None:
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tokenizer / name).unlink(missing_ok=True)
+
+
 def cut(file: Path) -> None:
     content = file.read_bytes()[:-100]
     file.unlink()
@@ -65,7 +70,7 @@ def cut(file: Path) -> None:
         (lambda b: cut(b / TEXT), "text_encoder/model.safetensors: not a whole safetensors file"),
         (lambda b: (b / "scheduler/scheduler_config.json").unlink(), "scheduler/scheduler_config.json: missing"),
         (lambda b: put(b / "vae/config.json", "{"), "vae/config.json: cannot be read"),
-        (lambda b: (b / "tokenizer/tokenizer.json").unlink(), "tokenizer/: neither tokenizer.json nor vocab.json and"),
+        (lambda b: no_words(b / "tokenizer"), "tokenizer/: neither tokenizer.json nor vocab.json and"),
         (lambda b: change(b / "text_encoder/config.json", vocab_size=9), "knows 4575 words, .* has rows for 9"),
         (lambda b: change(b / "text_encoder/config.json", hidden_size=64), "192 wide, but text_encoder make 64"),
         (lambda b: change(b / "unet/config.json", layers_per_block=3), "is missing in the weights, expected"),
