@@ -18,7 +18,7 @@ import pandas as pd
 from pipeline.plan import Plan, Stage, of_bare_class
 from pipeline.spec import Gate, base_path
 from pipeline.store import Store
-from training.backbone import base_digest
+from training.base import base_digest
 
 MEASURES: dict[str, Literal["concept", "overall"]] = {
     "image": "concept",

@@ -19,15 +19,17 @@ from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.places import masked
 from pipeline.reading import read_lines, read_written, shown
+from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path, public_name
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
 from retrieval.corpus import check_corpus, corpus_digest, precomputed
-from training.augment import WHOLE_FROM
-from training.backbone import Base, base_digest, check_base
+from training.augment import SIZE_WORDS, WHOLE_FROM
+from training.base import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
 from training.strategies import complete_deepspeed_config, deepspeed_config
+from training.tokens import Words
 
 VERSIONS = {
     "index": 1,
@@ -120,7 +122,8 @@ def of_bare_class(evaluation: Stage) -> Stage:
 def of_pair(first: Stage, second: Stage, prompts: Sequence[str]) -> Stage:
     """The model of two concepts' evaluations asked for both in one image. prompts: with `{0}` and `{1}`."""
     both = (first, second)
-    params = {key: first.params[key] for key in ("base", "clip", "judge", "model", "evaluation")}
+    shared = ("base", "safety_checker", "clip", "judge", "model", "evaluation")
+    params = {key: first.params[key] for key in shared if key in first.params}
     return Stage(
         "compose",
         f"{' and '.join(stage.params['concept'] for stage in both)}: {first.params['model']}",
@@ -144,6 +147,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
     method = METHODS[training.method]
     shape = check_base(batch.base_path)
     base = {"base": base_digest(batch.base_path)}
+    # drawn without it; what was drawn when it was still on has another key
+    drawing: dict[str, Any] = base | ({"safety_checker": False} if shape.has_safety_checker else {})
     notes = list(batch.notes)
     stages: list[Stage] = []
 
@@ -151,22 +156,20 @@ def make_plan(batch: ConceptBatch) -> Plan:
         stages.append(stage)
         return stage
 
+    _check_steps(batch, shape)
+    problems = _check_words(batch, shape.words)
     digests: dict[str, list[str]] = {}
-    problems: dict[str, str] = {}
-    for i, concept in enumerate(batch.concepts):
+    for concept in batch.concepts:
         try:
             images = load_images(list(concept.images))
             digests[concept.name] = images.digests
             notes += [f"{concept.name}: {note}" for note in images.notes]
             notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
-            if concept.token and method.token == "rare":
-                shape.check_rare(concept.token)
-            elif concept.token:
-                shape.check_new(concept.token, _initializer(concept))
         except ValueError as error:
-            problems[concept.name] = f"concepts[{i}] ({concept.name}): {error}"
+            problems.setdefault(concept.name, str(error))
     if problems:
-        raise UnusableConcepts(problems)
+        places = {c.name: f"concepts[{i}] ({c.name})" for i, c in enumerate(batch.concepts)}
+        raise UnusableConcepts({name: f"{places[name]}: {problem}" for name, problem in problems.items()})
 
     index = None
     blocked = _blocked(batch.at(retrieval.block_list))
@@ -224,7 +227,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 ),
             )
         elif training.regularization == "generated":
-            inputs = (add(_generated_stage(batch, concept, base)),)
+            inputs = (add(_generated_stage(batch, concept, drawing)),)
         features[concept.name] = add(
             Stage(
                 "features",
@@ -241,7 +244,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
     groups = [list(batch.concepts)] if training.composition == "joint" else [[c] for c in batch.concepts]
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
     merged = add(_kept_stage(trained)) if method.unet != "text_kv" else _add_merge(batch, trained, shape, stages)
-    judges = base | {
+    judges = drawing | {
         "clip": clip_digest(clip_path(batch.evaluation.clip, batch.folder)),
         "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
     }
@@ -308,11 +311,72 @@ def public_spec(batch: ConceptBatch) -> dict[str, Any]:
     return spec
 
 
+def _check_steps(batch: ConceptBatch, shape: Base) -> None:
+    try:
+        check_steps(batch.evaluation.steps, shape.timesteps)
+    except ValueError as error:
+        raise ValueError(f"evaluation.steps: {error}") from None
+
+
+def _check_words(batch: ConceptBatch, words: Words) -> dict[str, str]:
+    """What is wrong with the words that a concept goes by, and with the prompts that they make: name -> why."""
+    problems: dict[str, str] = {}
+    new = METHODS[batch.training.method].token == "new"
+    for concept in batch.concepts:
+        try:
+            if concept.token and new:
+                words.check_new(concept.token)
+                words.check_initializer(_initializer(concept))
+            elif concept.token:
+                words.check_rare(concept.token)
+        except ValueError as error:
+            problems[concept.name] = str(error)
+    usable = [concept for concept in batch.concepts if concept.name not in problems]
+    words = _knowing(words, batch, usable)
+    for concept in usable:
+        for key, prompts in _prompts(batch, concept).items():
+            try:
+                words.check_fits(prompts)
+            except ValueError as error:
+                problems.setdefault(concept.name, f"{key}: {error}")
+    return problems
+
+
+def _knowing(words: Words, batch: ConceptBatch, concepts: Sequence[Concept]) -> Words:
+    """With the tokens that training makes."""
+    new = METHODS[batch.training.method].token == "new"
+    return words.knowing([concept.token for concept in concepts if concept.token and new])
+
+
+def check_pair(batch: ConceptBatch, concepts: Sequence[Concept], prompts: Sequence[str]) -> None:
+    """prompts: with `{0}` and `{1}`. Raises: ValueError for one that is too long with both concepts in it."""
+    phrases = [concept.phrase for concept in concepts]
+    words = _knowing(check_base(batch.base_path).words, batch, concepts)
+    words.check_fits([prompt.format(*phrases) for prompt in prompts])
+
+
+def _prompts(batch: ConceptBatch, concept: Concept) -> dict[str, list[str]]:
+    """All that a text encoder will read of a concept, by the keys of the batch file that say it."""
+    training, phrase = batch.training, concept.phrase
+    caption = training.prompt.format(phrase)
+    own = "" if concept.prompts else "evaluation."
+    prompts = {
+        "class_word": [phrase],
+        "training.prompt": [caption, *(f"{words} {caption}" for words in SIZE_WORDS if training.augment)],
+        f"{own}prompts": [prompt.format(phrase) for prompt in batch.prompts_of(concept)],
+    }
+    if METHODS[training.method].unet == "text_kv":
+        prompts["merge.prompts"] = [prompt.format(phrase) for prompt in batch.merge.prompts]
+    if training.regularization == "generated":
+        prompts["class_prompt"] = [_generated_prompt(batch, concept)]
+    return prompts
+
+
 def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: list[Stage]) -> Stage:
     """Lay out the merge of trained text K/V layers, its constraints and sums; returns the stage of the merge."""
     prompts = {"prompts": list(batch.merge.prompts)}
     constraints = [Stage("constraints", t.name, prompts, (t,), {"base": batch.base_path}) for t in trained]
-    rows = sum(row_count(shape.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
+    rows = sum(row_count(shape.words.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
     sums: list[Stage] = []
     if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
         if batch.merge.form == "hard":
@@ -343,19 +407,22 @@ def _kept_stage(trained: list[Stage]) -> Stage:
     return Stage("merge", "all concepts", {}, tuple(trained))
 
 
-def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
+def _generated_stage(batch: ConceptBatch, concept: Concept, drawing: dict[str, Any]) -> Stage:
     """Regularisation images that the base draws itself; concepts of one class have one key, whatever the seed of the
     training, so they are drawn once."""
-    prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
     return Stage(
         "generated",
         concept.name,
-        base
-        | {"prompt": prompt, "images": batch.retrieval.images}
+        drawing
+        | {"prompt": _generated_prompt(batch, concept), "images": batch.retrieval.images}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),
         (),
         {"base": batch.base_path, "attention": batch.training.attention},
     )
+
+
+def _generated_prompt(batch: ConceptBatch, concept: Concept) -> str:
+    return concept.class_prompt or batch.training.prompt.format(concept.class_word)
 
 
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, Any]) -> Stage:

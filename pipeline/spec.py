@@ -33,11 +33,14 @@ from pipeline.places import check_place, is_path, located, masked
 from pipeline.reading import LONGEST_NAME, Written, read_written, shown
 from training.methods import CUSTOM_DIFFUSION, METHODS
 from training.methods.method import RARE_WORDS
+from training.tokens import spelling
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""As much as a column of a table holds."""
 Place = Annotated[str, AfterValidator(check_place)]
 """A folder, file, pattern or URL; see `Settings.at`."""
 
@@ -100,7 +103,7 @@ class ConceptTraining(Section):
     steps: Positive | None = None
     learning_rate: float | None = Field(None, gt=0)
     token_learning_rate: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=0)
+    seed: Seed | None = None
 
 
 class Concept(Section):
@@ -244,7 +247,7 @@ class Training(Section):
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     compile: bool = False
     """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
     """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
@@ -342,7 +345,7 @@ class Evaluation(Section):
     """Images a prompt."""
     steps: Positive = 50
     guidance: float = 6.0
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     clip: str = "miniature"
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
@@ -484,12 +487,15 @@ class Settings(Section):
 
 
 def doubles(concepts: Sequence[Concept]) -> dict[int, tuple[int, str, str]]:
-    """Which concepts have the name or token of an earlier one: index -> the earlier one's, `name` or `token`, and the
-    word in lower case: tokenizers and some file systems do not tell case apart."""
+    """Which concepts have the name or token of an earlier one, or, being new categories, its class word: index -> the
+    earlier one's, the field, and its `spelling`."""
     found: dict[int, tuple[int, str, str]] = {}
     seen: dict[tuple[str, str], int] = {}
     for i, concept in enumerate(concepts):
-        own = [(field, word.lower()) for field, word in (("name", concept.name), ("token", concept.token)) if word]
+        fields = {"name": concept.name, "token": concept.token}
+        if concept.new_category:  # by which it goes
+            fields["class_word"] = concept.class_word
+        own = [(field, spelling(word)) for field, word in fields.items() if word]
         double = next((each for each in own if each in seen), None)
         if double:
             found[i] = (seen[double], *double)

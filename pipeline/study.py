@@ -27,10 +27,10 @@ from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
 from pipeline.places import located
-from pipeline.plan import Plan, Stage, make_plan, of_bare_class, of_pair
+from pipeline.plan import Plan, Stage, check_pair, make_plan, of_bare_class, of_pair
 from pipeline.reading import LONGEST_NAME, shown
 from pipeline.sampling import grid
-from pipeline.spec import BatchFile, Place, Section, batch_from, clip_path, local_folder, read_mapping, validated
+from pipeline.spec import BatchFile, Place, Section, Seed, batch_from, clip_path, local_folder, read_mapping, validated
 from pipeline.stages import regularization_set
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
@@ -73,7 +73,7 @@ class Table(Section):
     """What is measured: each concept's own weights, or all the concepts' together."""
     concepts: tuple[str, ...] = ()
     """Of the batch's; all when empty."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Of the training; the study's when empty."""
     pair_prompts: tuple[str, ...] = ()
     """Prompts with `{0}` and `{1}`: how often both concepts of a batch of two appear in one image."""
@@ -113,7 +113,7 @@ class Study(Section):
     """Folder of tables and figures, relative to the working directory."""
     store: Place = ""
     """As a batch's; `runs/<name>/store` in the working directory when empty."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """Of the training; the images' seeds are the same for all."""
     batch: dict[str, Any]
     """What all variants share, as in a batch file."""
@@ -206,6 +206,10 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
             stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
     pairs: tuple[dict[str, Stage], ...] = ()
     if table.pair_prompts:
+        try:
+            check_pair(plan.batch, plan.batch.concepts, table.pair_prompts)
+        except ValueError as error:
+            raise ValueError(f"pair_prompts: {error}") from None
         first, second = stages.values()
         pairs = ({m: of_pair(first[m], second[m], table.pair_prompts) for m in ("base", "tuned")},)
     wanted = [stage for each in (*stages.values(), *pairs) for stage in each.values()]

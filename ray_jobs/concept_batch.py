@@ -53,7 +53,8 @@ from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
 from ray_jobs.same_code import SameCode, code_here
 from ray_jobs.terminal import print, printable
-from training.backbone import base_digest
+from training.base import base_digest
+from training.tokens import spelling
 
 ON_DEVICE = {
     "index": 1,
@@ -492,7 +493,7 @@ def _packs(plan_of: dict[str, Plan], trainings: list[Stage], limits: Limits) -> 
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
         key = content_key([_shared(stage)])
-        tokens = [token for token, _, _ in stage.params["concepts"].values() if token]
+        tokens = [spelling(token) for token, _, _ in stage.params["concepts"].values() if token]
         # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
         place = max((before[key, token] for token in tokens), default=0)
         before.update({(key, token): place + 1 - before[key, token] for token in tokens})

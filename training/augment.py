@@ -12,6 +12,8 @@ SMALL_WORDS = ("very small", "far away")
 LARGE_WORDS = ("zoomed in", "close up")
 WHOLE_FROM = 0.6
 """Scale from which a view shows the whole image at full size."""
+SIZE_WORDS = SMALL_WORDS + LARGE_WORDS
+"""What may stand before a caption."""
 
 
 @dataclass(frozen=True)

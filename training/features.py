@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from training.augment import View, mirrored, plain_view, random_view
 from training.backbone import Backbone, TextFeatures
 from training.checkpoint import load_tensors, save_tensors
+from training.seeds import generator
 
 ENCODE_BATCH = 16
 
@@ -105,9 +106,9 @@ def regularization_features(
 
 
 def _encode(backbone: Backbone, pixels: list[torch.Tensor], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    random = generator(seed)
     batches = [torch.stack(pixels[i : i + ENCODE_BATCH]) for i in range(0, len(pixels), ENCODE_BATCH)]
-    return torch.cat([backbone.encode_images(batch, generator).float().cpu() for batch in batches])
+    return torch.cat([backbone.encode_images(batch, random).float().cpu() for batch in batches])
 
 
 @torch.no_grad()

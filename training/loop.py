@@ -20,6 +20,7 @@ from training.backbone import Backbone, TextFeatures
 from training.objective import masked_loss, target_of
 from training.pack import only, trained_layers
 from training.run import Member, Run, TrainingDiverged
+from training.seeds import generator
 from training.strategies import Single
 from training.weights import ConceptWeights
 
@@ -179,9 +180,9 @@ def _draw(member: Member, step: int, rank: int, ranks: int) -> _Samples:
     masks += [torch.ones_like(masks[0])] * len(prior_latents)
     weights += [settings.prior_weight / settings.batch_size] * len(prior_latents)
     drawn = torch.stack(latents + prior_latents)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    noise = torch.randn(drawn.shape, generator=generator)
-    moments = torch.rand(len(drawn), generator=generator)
+    random = generator(settings.seed * 1_000_003 + step)
+    noise = torch.randn(drawn.shape, generator=random)
+    moments = torch.rand(len(drawn), generator=random)
     size = settings.batch_size // ranks
     part = slice(rank * size, (rank + 1) * size)
     rows = [row for kind in range(0, len(drawn), settings.batch_size) for row in range(kind, len(drawn))[part]]

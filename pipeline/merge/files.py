@@ -24,6 +24,7 @@ from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
 from training.checkpoint import load_metadata, load_numbers
+from training.tokens import spelling
 from training.weights import ConceptWeights, describe, token_tensors, tokens_from
 
 DEFAULTS = Merge()
@@ -86,14 +87,8 @@ def _check_tokens(place: str | Path, tokens: dict[str, list[torch.Tensor]], back
             raise ValueError(f"{place}: token {token!r} is a word that this base model's tokenizer knows already")
     read: dict[str, str] = {}
     for token in tokens:
-        if (other := read.setdefault(as_read(token, backbone), token)) != token:
+        if (other := read.setdefault(spelling(token), token)) != token:
             raise ValueError(f"{place}: tokens {other!r} and {token!r} are one word to the tokenizer")
-
-
-def as_read(token: str, backbone: Backbone) -> str:
-    """What the tokenizer makes of a token: it does not tell case apart, and other spellings of the same letters."""
-    normalizer = backbone.tokenizers[0].backend_tokenizer.normalizer
-    return (normalizer.normalize_str(token) if normalizer else token).strip()
 
 
 def merge_files(
@@ -195,17 +190,18 @@ class _Merged:
         """With the concepts of a file, and their constraints, which are not in the sums yet."""
         weights = load_concepts(path, backbone)
         names = {concept["name"] for concept in self.concepts}
+        words = {_word(concept): concept["name"] for concept in self.concepts}
         for concept in weights.metadata["concepts"]:
             if concept["name"] in names:
                 raise ValueError(
                     f"{path}: a concept {concept['name']!r} is merged already; remove that one to replace it"
                 )
             names.add(concept["name"])
-        taken = {as_read(token, backbone): token for token in self.tokens}
-        for token in weights.tokens:
-            if other := taken.get(as_read(token, backbone)):
-                same = "" if other == token else f", which the tokenizer reads as {other!r},"
-                raise ValueError(f"{path}: token {token!r}{same} is another concept's too; each concept needs its own")
+            if (other := words.setdefault(word := _word(concept), concept["name"])) != concept["name"]:
+                what = "token" if concept["token"] else "class word of a new category"
+                raise ValueError(
+                    f"{path}: {what} {word!r} is that of the concept {other!r} too; train one of them with another"
+                )
         concepts = [*self.concepts, *weights.metadata["concepts"]]
         demanded = self.demanded | {concept["name"]: _digest(weights) for concept in weights.metadata["concepts"]}
         try:
@@ -229,6 +225,11 @@ class _Merged:
         # of nothing but rounding, when no concept is left
         sums = self.sums - Sums.over(constraint_of(backbone, weights, DEFAULTS.prompts)) if concepts else None
         return _Merged(sums, tokens, concepts, demanded)
+
+
+def _word(concept: dict[str, Any]) -> str:
+    """By which prompts know a concept."""
+    return spelling(concept["token"] or concept["class_word"])
 
 
 def _digest(weights: ConceptWeights) -> str:

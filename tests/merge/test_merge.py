@@ -542,7 +542,7 @@ def test_sums_of_strangers(backbone, tmp_path):
         with pytest.raises(ValueError, match=f"sums.safetensors: .*{message}"):
             merge_files([], captions, MINIATURE / "model", sums=sums, out=out)
     captions.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"captions.txt: no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"captions.txt:1: cannot be read as text: byte 0xff is not UTF-8"):
         merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", out=out)
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def _odd_corpus(folder: Path) -> dict:
 def _base_without_cross_attention(folder: Path) -> dict:
     for part in ("unet", "vae"):
         (folder / "base" / part).mkdir(parents=True)
-    (folder / "base" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    shutil.copy(MINIATURE / "model" / "model_index.json", folder / "base")
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "mid_block_type": None}
     config = {**blocks, "block_out_channels": [32], "sample_size": 8, "layers_per_block": 1}
     (folder / "base" / "unet" / "config.json").write_text(json.dumps(config))
@@ -145,7 +146,7 @@ def _base_without_unet(folder: Path) -> dict:
             "retrieval.corpus: 'miniature' knows only its own",
         ),
         (lambda _: _other_base("./nowhere"), "base './nowhere': no diffusers model there"),
-        (_base_without_unet, "no UNet with text cross-attention"),
+        (_base_without_unet, "model_index.json names no unet"),
         (lambda _: {"retrieval": {"corpus": "nothing.parquet"}}, "nothing.parquet"),
         (lambda _: {"retrieval": {"clip": "/no/clip"}}, "CLIP directory /no/clip: not there"),
         (lambda _: {"trainig": {}}, "trainig: unknown key; did you mean 'training'?"),
