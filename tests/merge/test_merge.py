@@ -555,5 +555,5 @@ def test_tokens_that_are_one_word_to_the_tokenizer(backbone, tmp_path, first, se
         files.append(tmp_path / f"{name}.safetensors")
         weights = dataclasses.replace(_weights(backbone, name, 0), tokens={token: [torch.ones(192)]})
         _said(weights, concepts=[{"name": name, "token": token, "class_word": "cat"}]).save(files[-1])
-    with pytest.raises(ValueError, match=r"b.safetensors: token .* is another concept's too"):
+    with pytest.raises(ValueError, match=r"b.safetensors: token .* is that of the concept 'a' too"):
         merge_files(files, captions, MINIATURE / "model", out=tmp_path / "m.safetensors")
