@@ -27,6 +27,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import mkdtemp
+
+NOBODY = ["--reuid=65534", "--regid=65534", "--clear-groups"]
+MAY_READ = [f"--{which}=-all,+dac_read_search" for which in ("inh-caps", "ambient-caps", "bounding-set")]
+if os.geteuid() == 0:
+    # destinations are hostile too: as root, `--out /dev/null` would put a file in the device's place
+    os.environ["HOME"] = mkdtemp(prefix="hostile-home-")
+    os.chown(os.environ["HOME"], 65534, 65534)
+    os.execvp("setpriv", ["setpriv", *NOBODY, *MAY_READ, sys.executable, *sys.argv])
+if os.access("/dev", os.W_OK):
+    sys.exit("this user may write to /dev; run the campaign as one who may not")
 
 for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
@@ -56,11 +67,13 @@ def main() -> None:
     pool = ThreadPoolExecutor(2)
     counts: collections.Counter[str] = collections.Counter()
     for kind in [asked.only] if asked.only else KINDS:
-        cases: list[Case] = [c for c in importlib.import_module(f"hostile.{kind}").CASES if asked.match in c.name]
+        module = importlib.import_module(f"hostile.{kind}")
+        cases: list[Case] = [case for case in module.CASES if asked.match in case.name]
         if asked.list:
             print("\n".join(f"{kind:14} {case.name!r}" for case in cases))
             continue
         began, own = time.monotonic(), collections.Counter[str]()
+        getattr(module, "prepare", lambda: None)()
         # two at once: most of their time goes into starting and waiting
         for case, verdict in zip(cases, pool.map(judge, cases)):
             own[verdict.how] += 1

@@ -93,7 +93,11 @@ def polyconcept(*arguments: str | Path) -> None:
     """The command, in this process."""
     from ray_jobs import cli
 
-    cli.app([str(argument) for argument in arguments], standalone_mode=True)
+    try:
+        cli.app([str(argument) for argument in arguments])
+    except SystemExit as end:  # click ends the process also when all went well
+        if end.code:
+            raise
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -181,7 +185,7 @@ def _run(case: Case, box: Path) -> Verdict:
         hand_over = case.give()
     except Exception:
         return Verdict("tracebacks", "the case itself could not be made", traceback.format_exc()[-3000:])
-    before, start = tree(box / "work"), time.monotonic()
+    before, start = {place: tree(box / place) for place in ("work", "home")}, time.monotonic()
     code, result = _handled(hand_over, case.seconds)
     seconds = time.monotonic() - start
     sys.stdout.flush()
@@ -232,13 +236,14 @@ def _with_app(cli: Any, app: Any, hand_over: Callable[[], Any], results: list[An
         results.append(None)
 
 
-def _verdict(case: Case, seen: Seen, seconds: float, before: dict[str, str], box: Path) -> Verdict:
+def _verdict(case: Case, seen: Seen, seconds: float, before: dict[str, dict[str, str]], box: Path) -> Verdict:
     after = tree(box / "work")
-    changed = sorted(path for path, what in before.items() if after.get(path) != what)
-    new = sorted(path for path in after if path not in before)
+    changed = sorted(path for path, what in before["work"].items() if after.get(path) != what)
+    new = sorted(path for path in after if path not in before["work"])
     allowed = (() if seen.code else ("runs",)) if case.writes is None else case.writes
     stray = [path for path in new if not path.startswith(allowed)]
-    stray += [f"~/{path}" for path in tree(box / "home") if not path.startswith((".cache", "runs", ".config"))]
+    at_home = [path for path in tree(box / "home") if path not in before["home"]]
+    stray += [f"~/{path}" for path in at_home if not path.startswith((".cache", ".config"))]
     if "went on to start Ray" in seen.text:
         return Verdict("harm", "accepted: it went on to work")
     if f"not done after {case.seconds:.0f} s" in seen.text or seconds > case.seconds:
