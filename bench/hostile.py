@@ -44,12 +44,24 @@ for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_P
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, whose files have names of packages
 
-import torch
+import torch  # noqa: E402
+from hostile.case import Case, judge  # noqa: E402
+from hostile.common import preload, shared  # noqa: E402
 
-from hostile.case import Case, Verdict, judge
-from hostile.common import preload, shared
-
-KINDS = ("batch_files", "lists", "other_files", "images", "corpora", "web", "bases", "weights", "releases", "scratch", "preference", "commands")
+KINDS = (
+    "batch_files",
+    "lists",
+    "other_files",
+    "images",
+    "corpora",
+    "web",
+    "bases",
+    "weights",
+    "releases",
+    "scratch",
+    "preference",
+    "commands",
+)
 """The modules in `bench/hostile/`."""
 
 

@@ -7,8 +7,8 @@ import os
 import unicodedata
 from pathlib import Path
 
-from hostile.case import Case, Seen, accepted, polyconcept, write
-from hostile.common import BUS, COW, CLIP, MODEL, batch, batch_text, finished, load, planned
+from hostile.case import Case, accepted, polyconcept, write
+from hostile.common import BUS, CLIP, COW, MODEL, batch, batch_text, finished, load, planned
 
 FILE = "batch.yaml"
 
@@ -129,44 +129,99 @@ JSON = [
     _json("a byte order mark", "\ufeff" + CONTENT, right=accepted),
     _json("a key twice", CONTENT[:-1] + ', "training": {}}', refused=("batch.json", "training")),
     _json("a comma too many", CONTENT[:-1] + ",}", refused=("batch.json",)),
-    _json("NaN", CONTENT.replace('"none"', '"none", "learning_rate": NaN'), refused=("batch.json", "learning_rate|NaN")),
-    _json("1e999", CONTENT.replace('"none"', '"none", "learning_rate": 1e999'), refused=("batch.json", "learning_rate")),
-    _json("a number of 5 000 digits", CONTENT.replace('"none"', f'"none", "seed": {"9" * 5000}'), refused=("batch.json",)),
+    _json(
+        "NaN", CONTENT.replace('"none"', '"none", "learning_rate": NaN'), refused=("batch.json", "learning_rate|NaN")
+    ),
+    _json(
+        "1e999", CONTENT.replace('"none"', '"none", "learning_rate": 1e999'), refused=("batch.json", "learning_rate")
+    ),
+    _json(
+        "a number of 5 000 digits", CONTENT.replace('"none"', f'"none", "seed": {"9" * 5000}'), refused=("batch.json",)
+    ),
     _json("3 000 brackets", "[" * 3000 + "]" * 3000, refused=("batch.json",)),
     _json("200 000 brackets", "[" * 200_000 + "]" * 200_000, refused=("batch.json",)),
     _json("empty", "", refused=("batch.json",)),
     _json("null", "null", refused=("batch.json",)),
-    _json("a lone surrogate", CONTENT.replace('"bus"}', '"bus\\ud800"}'), refused=("batch.json", "class_word|surrogate|Unicode")),
+    _json(
+        "a lone surrogate",
+        CONTENT.replace('"bus"}', '"bus\\ud800"}'),
+        refused=("batch.json", "class_word|surrogate|Unicode"),
+    ),
 ]
 
 STEPS = [
     batch(f"steps: {value}", training=f"steps: {value}", refused=(FILE, "steps"))
-    for value in ("yes", "on", "true", "0", "-1", "4.5", ".inf", ".nan", "null x", "[4]", "{a: 4}", "four", "''", "1:30x")
+    for value in (
+        "yes",
+        "on",
+        "true",
+        "0",
+        "-1",
+        "4.5",
+        ".inf",
+        ".nan",
+        "null x",
+        "[4]",
+        "{a: 4}",
+        "four",
+        "''",
+        "1:30x",
+    )
 ] + [
     batch("steps: 4.0", training="steps: 4.0", refused=(FILE, "steps"), right=accepted),
     batch("steps of 30 digits", training=f"steps: {10**30}", refused=(FILE, "steps")),
-    batch("learning_rate: 1e-4", training="learning_rate: 1e-4", right=lambda s: s.result.batch.training.learning_rate == 1e-4),
+    batch(
+        "learning_rate: 1e-4",
+        training="learning_rate: 1e-4",
+        right=lambda s: s.result.batch.training.learning_rate == 1e-4,
+    ),
 ]
-YES = [
-    batch(f"{key}: yes", refused=(FILE, key), **{section: f"{key}: yes"})
-    for section, keys in {
-        "training": ("batch_size", "views", "seed", "learning_rate", "prior_weight", "max_grad_norm", "ranks", "pack_size",
-                     "checkpoint_every", "sample_every", "weight_decay", "token_learning_rate"),
-        "evaluation": ("samples", "steps", "guidance", "seed"),
-    }.items()
-    for key in keys
-] + [
-    batch(f"{section}.{key}: yes", f"{section}: {{{key}: yes}}\n" + GOOD, refused=(FILE, key))
-    for section, key in (
-        ("merge", "captions"), ("merge", "penalty"), ("merge", "damping"), ("compress", "max_bytes"),
-        ("compress", "max_rank"), ("compress", "spectrum"), ("retrieval", "images"), ("retrieval", "oversample"),
-        ("retrieval", "max_nsfw"),
-    )
-] + [
-    batch("a concept's own seed: yes", text=GOOD.replace("class_word: bus", "class_word: bus, training: {seed: yes}"), refused=(FILE, "seed")),
-    batch("augment: 7", training="augment: 7", refused=(FILE, "augment")),
-    batch("local: maybe", "retrieval: {local: maybe}\n" + GOOD, refused=(FILE, "local")),
-]
+YES = (
+    [
+        batch(f"{key}: yes", refused=(FILE, key), **{section: f"{key}: yes"})
+        for section, keys in {
+            "training": (
+                "batch_size",
+                "views",
+                "seed",
+                "learning_rate",
+                "prior_weight",
+                "max_grad_norm",
+                "ranks",
+                "pack_size",
+                "checkpoint_every",
+                "sample_every",
+                "weight_decay",
+                "token_learning_rate",
+            ),
+            "evaluation": ("samples", "steps", "guidance", "seed"),
+        }.items()
+        for key in keys
+    ]
+    + [
+        batch(f"{section}.{key}: yes", f"{section}: {{{key}: yes}}\n" + GOOD, refused=(FILE, key))
+        for section, key in (
+            ("merge", "captions"),
+            ("merge", "penalty"),
+            ("merge", "damping"),
+            ("compress", "max_bytes"),
+            ("compress", "max_rank"),
+            ("compress", "spectrum"),
+            ("retrieval", "images"),
+            ("retrieval", "oversample"),
+            ("retrieval", "max_nsfw"),
+        )
+    ]
+    + [
+        batch(
+            "a concept's own seed: yes",
+            text=GOOD.replace("class_word: bus", "class_word: bus, training: {seed: yes}"),
+            refused=(FILE, "seed"),
+        ),
+        batch("augment: 7", training="augment: 7", refused=(FILE, "augment")),
+        batch("local: maybe", "retrieval: {local: maybe}\n" + GOOD, refused=(FILE, "local")),
+    ]
+)
 NUMBERS = [
     *STEPS,
     *YES,
@@ -175,7 +230,11 @@ NUMBERS = [
     batch("learning_rate: 0", training="learning_rate: 0", refused=(FILE, "learning_rate")),
     batch("learning_rate: -1e-4", training="learning_rate: -1e-4", refused=(FILE, "learning_rate")),
     batch("seed: -1", training="seed: -1", refused=(FILE, "seed")),
-    batch("ComfyUI's seed", training="seed: 156680208700286", right=lambda s: s.result.batch.training.seed == 156680208700286),
+    batch(
+        "ComfyUI's seed",
+        training="seed: 156680208700286",
+        right=lambda s: s.result.batch.training.seed == 156680208700286,
+    ),
     batch("seed: 2^64", training=f"seed: {2**64}", refused=(FILE, "seed")),
     batch("a seed of 40 digits", training=f"seed: {10**40}", refused=(FILE, "seed")),
     batch("an evaluation's seed of 2^64", evaluation=f"seed: {2**64}", refused=(FILE, "seed")),
@@ -199,32 +258,64 @@ KEYS = [
     batch("no concepts", "training: {}\n", refused=(FILE, "concepts")),
     batch("concepts: []", "concepts: []\n", refused=(FILE, "concepts")),
     batch("concepts: null", "concepts:\n", refused=(FILE, "concepts")),
-    batch("one concept as a mapping", f"concepts: {{name: bus, images: {BUS}, class_word: bus}}\n", refused=(FILE, "concepts")),
+    batch(
+        "one concept as a mapping",
+        f"concepts: {{name: bus, images: {BUS}, class_word: bus}}\n",
+        refused=(FILE, "concepts"),
+    ),
     batch("concepts: a word that is no file", "concepts: gone.json\n", refused=("gone.json",)),
     batch("a concept that is null", "concepts: [null]\n", refused=(FILE, "concepts")),
     batch("a concept that is a word", "concepts: [bus]\n", refused=(FILE, "concepts")),
     batch("a sole concept's error alone", class_word="''", refused=(FILE, "class_word"), never=("Tuple should have",)),
     batch("a sole concept's unknown key alone", label="x", refused=(FILE, "label"), never=("Tuple should have",)),
     batch("training: null", "training:\n" + "concepts: [{name: a, images: x, class_word: b}]\n", refused=(FILE,)),
-    batch("training: a list", "training: [a]\nconcepts: [{name: a, images: x, class_word: b}]\n", refused=(FILE, "training")),
+    batch(
+        "training: a list",
+        "training: [a]\nconcepts: [{name: a, images: x, class_word: b}]\n",
+        refused=(FILE, "training"),
+    ),
     batch("an unknown method", training="method: lora", refused=(FILE, "method", "lora")),
     batch("method: 5", training="method: 5", refused=(FILE, "method")),
     batch("method: a list", training="method: [dreambooth]", refused=(FILE, "method")),
-    batch("regularization: no", text=GOOD.replace("regularization: none", "regularization: no"), refused=(FILE, "regularization")),
-    batch("regularization: None", text=GOOD.replace("regularization: none", "regularization: None"), refused=(FILE, "regularization")),
+    batch(
+        "regularization: no",
+        text=GOOD.replace("regularization: none", "regularization: no"),
+        refused=(FILE, "regularization"),
+    ),
+    batch(
+        "regularization: None",
+        text=GOOD.replace("regularization: none", "regularization: None"),
+        refused=(FILE, "regularization"),
+    ),
     batch("precision: FP16", training="precision: FP16", refused=(FILE, "precision")),
     batch("precision in capitals", training="precision: BF16", refused=(FILE, "precision")),
     batch("several ranks, one process", training="ranks: 2", refused=(FILE, "ranks")),
     batch("spectrum beside max_rank", "compress: {spectrum: 0.5, max_rank: 2}\n" + GOOD, refused=(FILE, "spectrum")),
-    batch("three constraint prompts without places", 'merge: {prompts: [a]}\n' + GOOD, refused=(FILE, "prompts")),
+    batch("three constraint prompts without places", "merge: {prompts: [a]}\n" + GOOD, refused=(FILE, "prompts")),
     batch("a catalogue in a batch file", GOOD + "catalogue: x\n", refused=(FILE, "catalogue")),
-]  # fmt: skip
+]
 
 LONG = "x" * 250
 NAMES = [
     *(
         batch(f"name: {value!r}", name=json.dumps(value), refused=(FILE, "name"))
-        for value in ("", " ", "a b", "../x", "a/b", "a\\b", ".", "..", ".hidden", "-x", "ä", "a\nb", "bus\0", "bus\u202e", "a" * 5000)
+        for value in (
+            "",
+            " ",
+            "a b",
+            "../x",
+            "a/b",
+            "a\\b",
+            ".",
+            "..",
+            ".hidden",
+            "-x",
+            "ä",
+            "a\nb",
+            "bus\0",
+            "bus\u202e",
+            "a" * 5000,
+        )
     ),
     batch("a concept's name of 250 letters", name=LONG, refused=(FILE, "name")),
     batch("a name that YAML takes for no", name="no", refused=(FILE, "name")),
@@ -250,8 +341,32 @@ TOKENS = [
     *(
         batch(f"token: {token!r}", token=json.dumps(token), refused="token")
         for token in (
-            "cow", "Cow", "COW", "cOW", "moscow", "co", "cowbo", "a", "!", "bus</w>", "<|endoftext|>", "<|EndOfText|>", "a b",
-            " cow", "cow ", "a\nb", "a\tb", "<a\0b>", "\u200b", "\u00a0", "<a\x1b[31mb>", "ｃｏｗ\n", "photo", "Of", ",", "the",
+            "cow",
+            "Cow",
+            "COW",
+            "cOW",
+            "moscow",
+            "co",
+            "cowbo",
+            "a",
+            "!",
+            "bus</w>",
+            "<|endoftext|>",
+            "<|EndOfText|>",
+            "a b",
+            " cow",
+            "cow ",
+            "a\nb",
+            "a\tb",
+            "<a\0b>",
+            "\u200b",
+            "\u00a0",
+            "<a\x1b[31mb>",
+            "ｃｏｗ\n",
+            "photo",
+            "Of",
+            ",",
+            "the",
         )
     ),
     batch("a token that is a number", token="5", refused=(FILE, "token")),
@@ -262,16 +377,47 @@ TOKENS = [
     batch("<bus> as token", token="<bus>", right=accepted),
     batch("an own plain token", token="<my-bus>", right=lambda s: s.result.batch.concepts[0].token == "<my-bus>"),
     batch("one token twice", two("class_word: cow, token: <x>", "class_word: bus, token: <x>"), refused="<x>"),
-    batch("tokens that differ in case", two("class_word: cow, token: <X>", "class_word: bus, token: <x>"), refused="<x>"),
-    batch("tokens equal but for their Unicode form", two(f"class_word: cow, token: {NFD}", f"class_word: bus, token: {NFC}"), refused="token"),
-    batch("the first takes what the second was given", two("class_word: cow, token: <new1>"), right=lambda s: len({c.token for c in s.result.batch.concepts}) == 2),
-    batch("the second's token in other case than the first gets", two("class_word: cow, token: <NEW1>"), refused="new1", right=lambda s: len({c.token.lower() for c in s.result.batch.concepts}) == 2),
-    batch("<new1> beside <new10>", two("class_word: cow, token: <new10>", "class_word: bus, token: <new1>"), right=accepted),
+    batch(
+        "tokens that differ in case", two("class_word: cow, token: <X>", "class_word: bus, token: <x>"), refused="<x>"
+    ),
+    batch(
+        "tokens equal but for their Unicode form",
+        two(f"class_word: cow, token: {NFD}", f"class_word: bus, token: {NFC}"),
+        refused="token",
+    ),
+    batch(
+        "the first takes what the second was given",
+        two("class_word: cow, token: <new1>"),
+        right=lambda s: len({c.token for c in s.result.batch.concepts}) == 2,
+    ),
+    batch(
+        "the second's token in other case than the first gets",
+        two("class_word: cow, token: <NEW1>"),
+        refused="new1",
+        right=lambda s: len({c.token.lower() for c in s.result.batch.concepts}) == 2,
+    ),
+    batch(
+        "<new1> beside <new10>",
+        two("class_word: cow, token: <new10>", "class_word: bus, token: <new1>"),
+        right=accepted,
+    ),
     batch("a token inside another", two("class_word: cow, token: <xx>", "class_word: bus, token: xx"), refused="xx"),
     batch("names that differ in case", two("class_word: cow").replace("second", "FIRST"), refused="first"),
-    batch("two new categories, one word", two("class_word: moongate, new_category: true", "class_word: moongate, new_category: true"), refused="moongate"),
-    batch("two new categories, words that differ in case", two("class_word: Moongate, new_category: true", "class_word: moongate, new_category: true"), refused="moongate"),
-    batch("two new categories, words that differ in a space", two("class_word: 'moon  gate', new_category: true", "class_word: moon gate, new_category: true"), refused="moon"),
+    batch(
+        "two new categories, one word",
+        two("class_word: moongate, new_category: true", "class_word: moongate, new_category: true"),
+        refused="moongate",
+    ),
+    batch(
+        "two new categories, words that differ in case",
+        two("class_word: Moongate, new_category: true", "class_word: moongate, new_category: true"),
+        refused="moongate",
+    ),
+    batch(
+        "two new categories, words that differ in a space",
+        two("class_word: 'moon  gate', new_category: true", "class_word: moon gate, new_category: true"),
+        refused="moon",
+    ),
     batch("a new category with a token", new_category="true", token="<x>", refused=(FILE, "token")),
     batch("a new category with an initializer", new_category="true", initializer="cat", refused=(FILE, "initializer")),
     batch("new_category: 2", new_category="2", refused=(FILE, "new_category")),
@@ -279,7 +425,7 @@ TOKENS = [
     batch("an initializer that is empty of letters", initializer="' '", refused="initializer"),
     batch("an initializer that is a number", initializer="5", refused=(FILE, "initializer")),
     batch("a rare word that is none", training="method: dreambooth", token="wxyzzyq", refused="wxyzzyq"),
-]  # fmt: skip
+]
 
 MANY = " ".join(["very"] * 100)
 CLASS_WORDS = [
@@ -292,23 +438,42 @@ CLASS_WORDS = [
     batch("a class word that is a list", class_word="[bus]", refused=(FILE, "class_word")),
     batch("a class word of 100 words", class_word=f"{MANY} bus", refused="class_word|token"),
     batch("a class word with braces", class_word='"bus {}"', refused="class_word", right=accepted),
-    batch("a class word with a field in braces", class_word='"{0.__class__} bus"', refused="class_word", right=accepted),
+    batch(
+        "a class word with a field in braces", class_word='"{0.__class__} bus"', refused="class_word", right=accepted
+    ),
     batch("a Cyrillic class word", class_word="автобус", right=accepted),
     batch("a Chinese class word", class_word="公共汽车", right=accepted),
     batch("a class word with HTML", class_word='"<script>alert(1)</script>"', right=accepted, refused="class_word"),
     batch("no class word", "concepts: [{name: a, images: x}]\n", refused=(FILE, "class_word")),
-    batch("a class_prompt of 200 words", text=batch_text(class_prompt=f"{MANY} {MANY}").replace("none", "real"), refused="class_prompt|token"),
+    batch(
+        "a class_prompt of 200 words",
+        text=batch_text(class_prompt=f"{MANY} {MANY}").replace("none", "real"),
+        refused="class_prompt|token",
+    ),
     batch("a class_prompt that is blank", class_prompt="'  '", refused=(FILE, "class_prompt"), right=accepted),
-]  # fmt: skip
+]
 
 PROMPTS = [
-    batch("training.prompt with 100 words before the concept", training=f'prompt: "{MANY} {{}}"', refused=("prompt", "token")),
-    batch("training.prompt with 40 long words before the concept", training=f'prompt: "{"extraordinarily photorealistic " * 20}{{}}"', refused=("prompt", "token")),
+    batch(
+        "training.prompt with 100 words before the concept",
+        training=f'prompt: "{MANY} {{}}"',
+        refused=("prompt", "token"),
+    ),
+    batch(
+        "training.prompt with 40 long words before the concept",
+        training=f'prompt: "{"extraordinarily photorealistic " * 20}{{}}"',
+        refused=("prompt", "token"),
+    ),
     batch("an evaluation's prompt too long", evaluation=f'prompts: ["{MANY} {{}}"]', refused=("prompt", "token")),
     batch("a concept's prompt too long", prompts=f'["{MANY} {{}}"]', refused=("prompt", "token")),
     batch("a constraint prompt too long", f'merge: {{prompts: ["{MANY} {{}}"]}}\n' + GOOD, refused=("prompt", "token")),
     batch("words after the concept too many", evaluation=f'prompts: ["a {{}} {MANY}"]', refused=("prompt", "token")),
-    batch("too long in a file", evaluation="prompts: prompts.txt", files={"prompts.txt": f"a {{}}\n{MANY} {{}}\n"}, refused=("prompt", "token")),
+    batch(
+        "too long in a file",
+        evaluation="prompts: prompts.txt",
+        files={"prompts.txt": f"a {{}}\n{MANY} {{}}\n"},
+        refused=("prompt", "token"),
+    ),
     batch("training.prompt without the concept", training='prompt: "photo"', refused=(FILE, "prompt")),
     batch("training.prompt with two places", training='prompt: "{} and {}"', refused=(FILE, "prompt")),
     batch("training.prompt with {0}", training='prompt: "a {0}"', refused=(FILE, "prompt")),
@@ -322,19 +487,48 @@ PROMPTS = [
     batch("no prompt file", evaluation="prompts: gone.txt", refused="gone.txt"),
     batch("an empty prompt file", evaluation="prompts: p.txt", files={"p.txt": ""}, refused="p.txt"),
     batch("a prompt file of blanks", evaluation="prompts: p.txt", files={"p.txt": " \n\t\n"}, refused="p.txt"),
-    batch("a prompt file with a byte order mark", evaluation="prompts: p.txt", files={"p.txt": "\ufeffa {}\n"}, right=lambda s: s.result.batch.evaluation.prompts == ("a {}",)),
-    batch("a prompt file with Windows' line ends", evaluation="prompts: p.txt", files={"p.txt": "a {}\r\nthe {}\r\n"}, right=lambda s: s.result.batch.evaluation.prompts == ("a {}", "the {}")),
-    batch("a prompt file in UTF-16", evaluation="prompts: p.txt", files={"p.txt": "a {}\n".encode("utf-16")}, refused="p.txt"),
+    batch(
+        "a prompt file with a byte order mark",
+        evaluation="prompts: p.txt",
+        files={"p.txt": "\ufeffa {}\n"},
+        right=lambda s: s.result.batch.evaluation.prompts == ("a {}",),
+    ),
+    batch(
+        "a prompt file with Windows' line ends",
+        evaluation="prompts: p.txt",
+        files={"p.txt": "a {}\r\nthe {}\r\n"},
+        right=lambda s: s.result.batch.evaluation.prompts == ("a {}", "the {}"),
+    ),
+    batch(
+        "a prompt file in UTF-16",
+        evaluation="prompts: p.txt",
+        files={"p.txt": "a {}\n".encode("utf-16")},
+        refused="p.txt",
+    ),
     batch("a prompt file in Latin-1", evaluation="prompts: p.txt", files={"p.txt": b"a {} caf\xe9\n"}, refused="p.txt"),
     batch("a prompt file of bytes", evaluation="prompts: p.txt", files={"p.txt": bytes(range(256))}, refused="p.txt"),
-    batch("a line without the concept", evaluation="prompts: p.txt", files={"p.txt": "a {}\nnothing\n"}, refused="p.txt:2"),
-    batch("a prompt file with an escape", evaluation="prompts: p.txt", files={"p.txt": "a {} \x1b[31m\n"}, refused="p.txt"),
-    batch("a prompt file of one line of 10 MB", evaluation="prompts: p.txt", files={"p.txt": "{} " + "x" * 10_000_000}, refused="p.txt|prompt"),
+    batch(
+        "a line without the concept", evaluation="prompts: p.txt", files={"p.txt": "a {}\nnothing\n"}, refused="p.txt:2"
+    ),
+    batch(
+        "a prompt file with an escape", evaluation="prompts: p.txt", files={"p.txt": "a {} \x1b[31m\n"}, refused="p.txt"
+    ),
+    batch(
+        "a prompt file of one line of 10 MB",
+        evaluation="prompts: p.txt",
+        files={"p.txt": "{} " + "x" * 10_000_000},
+        refused="p.txt|prompt",
+    ),
     batch("a folder as prompt file", evaluation="prompts: p.txt", files={"p.txt/x": ""}, refused="p.txt"),
     batch("a FIFO as prompt file", evaluation="prompts: p.txt", prepare=lambda: os.mkfifo("p.txt"), refused="p.txt"),
-    batch("/dev/zero as prompt file", evaluation="prompts: p.txt", prepare=lambda: os.symlink("/dev/zero", "p.txt"), refused="p.txt"),
+    batch(
+        "/dev/zero as prompt file",
+        evaluation="prompts: p.txt",
+        prepare=lambda: os.symlink("/dev/zero", "p.txt"),
+        refused="p.txt",
+    ),
     batch("a prompt that ends in .txt", evaluation='prompts: ["a {} on sign.txt"]', right=accepted),
-]  # fmt: skip
+]
 
 
 def _below() -> None:
@@ -348,12 +542,28 @@ PLACES = [
     batch("output in ~", GOOD + "output: ~/runs/x\n", right=lambda s: _at(s.result.output_path, "~/runs/x"), **LOADED),
     batch("store in ~", GOOD + "store: ~/store\n", right=lambda s: _at(s.result.store_url, "~/store"), **LOADED),
     batch("publish.to in ~", GOOD + "publish: {to: ~/r}\n", right=lambda s: _at(s.result.release_url, "~/r"), **LOADED),
-    batch("store relative to the file", GOOD + "store: st\n", right=lambda s: _beside(s.result.store_url, "st"),
-          prepare=_below, hand_over=lambda: load("../batch.yaml")),
-    batch("publish.to relative to the file", GOOD + "publish: {to: r}\n", right=lambda s: _beside(s.result.release_url, "r"),
-          prepare=_below, hand_over=lambda: load("../batch.yaml")),
-    batch("a block list relative to the file, with the miniature", text=GOOD.replace("none", "real") + "retrieval: {block_list: b.txt}\n",
-          files={"b.txt": "a" * 64 + "\n"}, prepare=_below, hand_over=lambda: planned("../batch.yaml"), right=accepted),
+    batch(
+        "store relative to the file",
+        GOOD + "store: st\n",
+        right=lambda s: _beside(s.result.store_url, "st"),
+        prepare=_below,
+        hand_over=lambda: load("../batch.yaml"),
+    ),
+    batch(
+        "publish.to relative to the file",
+        GOOD + "publish: {to: r}\n",
+        right=lambda s: _beside(s.result.release_url, "r"),
+        prepare=_below,
+        hand_over=lambda: load("../batch.yaml"),
+    ),
+    batch(
+        "a block list relative to the file, with the miniature",
+        text=GOOD.replace("none", "real") + "retrieval: {block_list: b.txt}\n",
+        files={"b.txt": "a" * 64 + "\n"},
+        prepare=_below,
+        hand_over=lambda: planned("../batch.yaml"),
+        right=accepted,
+    ),
     batch("output: a URL", GOOD + "output: s3://bucket/x\n", refused=(FILE, "output")),
     batch("output with NUL", GOOD + 'output: "a\\0b"\n', refused=(FILE, "output")),
     batch("output with an unset variable", GOOD + "output: $HOME/x\n", refused=(FILE, "output"), right=accepted),
@@ -370,22 +580,65 @@ PLACES = [
     batch("publish.hub with three parts", GOOD + "publish: {hub: a/b/c}\n", refused=(FILE, "hub")),
     batch("publish.hub that leads out", GOOD + "publish: {hub: ../x}\n", refused=(FILE, "hub")),
     batch("publish.hub as a URL", GOOD + "publish: {hub: 'https://huggingface.co/a/b'}\n", refused=(FILE, "hub")),
-    batch("no signing key", GOOD + "publish: {signing_key: gone.pem}\n", refused="gone.pem", hand_over=lambda: polyconcept("run", FILE)),
-    batch("a password in a corpus's address", text=GOOD.replace("none", "real") + "retrieval: {corpus: 'http://me:SECRET@127.0.0.1:9/c.parquet'}\n",
-          refused="corpus", never=("SECRET",)),
-    batch("a password in base_url", text=GOOD.replace("none", "real") + "retrieval: {base_url: 'http://me:SECRET@127.0.0.1:9/'}\n",
-          refused="base_url", never=("SECRET",), right=accepted),
-    batch("keys in a bucket's address", GOOD + "store: s3://KEY:SECRET@bucket/x\n", refused="store", never=("SECRET",), right=accepted),
-    batch("a password in publish.to", GOOD + "publish: {to: 's3://KEY:SECRET@bucket/x'}\n", refused="publish", never=("SECRET",), right=accepted),
-    batch("no corpus", text=GOOD.replace("none", "real") + "retrieval: {corpus: gone.parquet}\n", refused="gone.parquet"),
+    batch(
+        "no signing key",
+        GOOD + "publish: {signing_key: gone.pem}\n",
+        refused="gone.pem",
+        hand_over=lambda: polyconcept("run", FILE),
+    ),
+    batch(
+        "a password in a corpus's address",
+        text=GOOD.replace("none", "real") + "retrieval: {corpus: 'http://me:SECRET@127.0.0.1:9/c.parquet'}\n",
+        refused="corpus",
+        never=("SECRET",),
+    ),
+    batch(
+        "a password in base_url",
+        text=GOOD.replace("none", "real") + "retrieval: {base_url: 'http://me:SECRET@127.0.0.1:9/'}\n",
+        refused="base_url",
+        never=("SECRET",),
+        right=accepted,
+    ),
+    batch(
+        "keys in a bucket's address",
+        GOOD + "store: s3://KEY:SECRET@bucket/x\n",
+        refused="store",
+        never=("SECRET",),
+        right=accepted,
+    ),
+    batch(
+        "a password in publish.to",
+        GOOD + "publish: {to: 's3://KEY:SECRET@bucket/x'}\n",
+        refused="publish",
+        never=("SECRET",),
+        right=accepted,
+    ),
+    batch(
+        "no corpus", text=GOOD.replace("none", "real") + "retrieval: {corpus: gone.parquet}\n", refused="gone.parquet"
+    ),
     batch("no CLIP", evaluation="clip: ./gone", refused="gone"),
     batch("a CLIP that open_clip does not know", evaluation="clip: ViT-Z-99/nothing", refused="ViT-Z-99"),
     batch("a CLIP folder with nothing in it", evaluation="clip: c", files={"c/x": ""}, refused="c"),
-    batch("a CLIP folder with pickles only", evaluation="clip: c", files={"c/open_clip_config.json": "{}", "c/model.bin": b"\x80\x04."}, refused="c"),
+    batch(
+        "a CLIP folder with pickles only",
+        evaluation="clip: c",
+        files={"c/open_clip_config.json": "{}", "c/model.bin": b"\x80\x04."},
+        refused="c",
+    ),
     batch("no DeepSpeed file", training="strategy: deepspeed, deepspeed: {config: gone.json}", refused="gone.json"),
-    batch("a DeepSpeed file that is a list", training="strategy: deepspeed, deepspeed: {config: d.json}", files={"d.json": "[]"}, refused="d.json"),
-    batch("a DeepSpeed file that is nested", training="strategy: deepspeed, deepspeed: {config: d.json}", files={"d.json": "[" * 100_000}, refused="d.json"),
-]  # fmt: skip
+    batch(
+        "a DeepSpeed file that is a list",
+        training="strategy: deepspeed, deepspeed: {config: d.json}",
+        files={"d.json": "[]"},
+        refused="d.json",
+    ),
+    batch(
+        "a DeepSpeed file that is nested",
+        training="strategy: deepspeed, deepspeed: {config: d.json}",
+        files={"d.json": "[" * 100_000},
+        refused="d.json",
+    ),
+]
 
 
 def _at(place: str, written: str) -> bool:
@@ -414,9 +667,15 @@ def _same_release() -> list[str]:
 
 
 SILENT = [
-    Case("one batch with its own base in two folders", lambda: _same_release, right=lambda s: s.result[0][0] == s.result[1][0] and "/runs/" not in s.result[0][1]),
-    Case("publish.hub that cannot be reached, with `run`", lambda: _run_with_hub, ("hub|owner/name",), writes=("runs",)),
-]  # fmt: skip
+    Case(
+        "one batch with its own base in two folders",
+        lambda: _same_release,
+        right=lambda s: s.result[0][0] == s.result[1][0] and "/runs/" not in s.result[0][1],
+    ),
+    Case(
+        "publish.hub that cannot be reached, with `run`", lambda: _run_with_hub, ("hub|owner/name",), writes=("runs",)
+    ),
+]
 
 
 def _run_with_hub() -> None:

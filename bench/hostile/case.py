@@ -29,7 +29,7 @@ MEMORY = 2**30
 """Bytes that a case may take beyond what its process began with."""
 PROCESS = 800 * 2**20
 """Bytes that a process started by a case begins with, with PyTorch imported."""
-MESSAGE, LINE = 8_000, 2_500
+MESSAGE, LINE = 12_000, 6_000
 """Letters of an error message, and of a line of it, that somebody still reads."""
 ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b\u202e]")
 """What makes a terminal do something else than show text. (Carriage returns are progress bars'.)"""
@@ -56,8 +56,9 @@ class Case:
     refused: words that the error has to have, where the input is to be refused; `|` separates equally good ones.
     right: what has to be true where it is to be used. With `refused` beside it, both are good.
     never: texts that must not be shown, nor be in any new file: secrets, misleading lines.
-    writes: beginnings of paths that may be new afterwards, in the folder; when None, `runs`, and for a refused input
-        nothing at all.
+    writes: beginnings of paths that may be new afterwards, in the folder or in `~/`; when None, `runs` if the input may
+        be used, and nothing if it may not.
+    changes: beginnings of paths there that may be changed or removed.
     seconds: allowed; of what starts processes, more.
     """
 
@@ -67,6 +68,7 @@ class Case:
     right: Check | None = None
     never: tuple[str, ...] = ()
     writes: tuple[str, ...] | None = None
+    changes: tuple[str, ...] = ()
     seconds: float = 20
 
 
@@ -238,22 +240,24 @@ def _with_app(cli: Any, app: Any, hand_over: Callable[[], Any], results: list[An
 
 def _verdict(case: Case, seen: Seen, seconds: float, before: dict[str, dict[str, str]], box: Path) -> Verdict:
     after = tree(box / "work")
-    changed = sorted(path for path, what in before["work"].items() if after.get(path) != what)
+    changed = [path for path, what in before["work"].items() if after.get(path) != what]
+    changed = sorted(path for path in changed if not path.startswith(case.changes or "\0"))
     new = sorted(path for path in after if path not in before["work"])
-    allowed = (() if seen.code else ("runs",)) if case.writes is None else case.writes
-    stray = [path for path in new if not path.startswith(allowed)]
-    at_home = [path for path in tree(box / "home") if path not in before["home"]]
-    stray += [f"~/{path}" for path in at_home if not path.startswith((".cache", ".config"))]
+    allowed = (("runs",) if case.right else ()) if case.writes is None else case.writes
+    new += [f"~/{path}" for path in tree(box / "home") if path not in before["home"]]
+    stray = [path for path in new if not path.startswith((*allowed, "~/.cache", "~/.config"))]
     if "went on to start Ray" in seen.text:
         return Verdict("harm", "accepted: it went on to work")
     if f"not done after {case.seconds:.0f} s" in seen.text or seconds > case.seconds:
         return Verdict("harm", f"took {seconds:.0f} s")
+    if not seen.code and case.right is None and not changed:
+        return Verdict("harm", f"accepted{f', and wrote {stray[0]!r}' if stray else ''}")
     if changed:
         return Verdict("harm", f"changed what was there: {changed[0]!r}")
     if stray:
         return Verdict("harm", f"wrote where it must not: {stray[0]!r}")
     for secret in case.never:
-        told = [path for path in new if _holds(box / "work" / path, secret)]
+        told = [path for path in new if _holds(box / "work" / path.replace("~", "../home"), secret)]
         if secret in seen.text or told:
             return Verdict("harm", f"tells {secret!r}{f' in {told[0]}' if told else ''}")
     if "Traceback (most recent call last)" in seen.text:
@@ -262,8 +266,7 @@ def _verdict(case: Case, seen: Seen, seconds: float, before: dict[str, dict[str,
         return Verdict("harm", f"sends {escape[0]!r} to the terminal")
     if seen.code:
         return _refusal(case, seen)
-    if case.right is None:
-        return Verdict("harm", "accepted")
+    assert case.right
     try:
         is_right = case.right(seen)
     except Exception as error:

@@ -133,13 +133,6 @@ def preload() -> None:
     import open_clip  # noqa: F401
     import ray.job_submission  # noqa: F401
 
-    import pipeline.evaluation.preference
-    import pipeline.miniature.corpus
-    import pipeline.release.hub
-    import pipeline.release.versions
-    import pipeline.scaling
-    import pipeline.stages
-    import pipeline.study
     import ray_jobs.jobs
     import ray_jobs.retrain
     import ray_jobs.study  # noqa: F401
@@ -184,5 +177,3 @@ def finished() -> Path:
             train_pack(plan.of("train"), store, lambda _, what, done, total: None)
             trained = True
     return folder
-
-

@@ -68,7 +68,11 @@ def table(path: str = "corpus.parquet", **columns: Any) -> Callable[[], None]:
     """Of four rows, with these columns; None leaves one out."""
 
     def make() -> None:
-        found = {k: v() if callable(v) else v for k, v in ({"url": URLS, "caption": CAPTIONS} | columns).items() if v is not None}
+        found = {
+            k: v() if callable(v) else v
+            for k, v in ({"url": URLS, "caption": CAPTIONS} | columns).items()
+            if v is not None
+        }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(found), path)
 
@@ -96,11 +100,18 @@ def _corrupt() -> None:
 def _long_dictionary() -> None:
     """8 192 rows of one caption of 400 kB: some kB as a file."""
     values = pa.DictionaryArray.from_arrays(pa.array([0] * 8192, pa.int32()), pa.array(["cat " * 100_000]))
-    pq.write_table(pa.table({"url": [f"http://127.0.0.1:9/{i}" for i in range(8192)], "caption": values}), "corpus.parquet", compression="zstd")
+    pq.write_table(
+        pa.table({"url": [f"http://127.0.0.1:9/{i}" for i in range(8192)], "caption": values}),
+        "corpus.parquet",
+        compression="zstd",
+    )
 
 
 def _twice_named() -> None:
-    pq.write_table(pa.Table.from_arrays([pa.array(URLS), pa.array(CAPTIONS), pa.array(CAPTIONS)], ["url", "caption", "caption"]), "corpus.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(URLS), pa.array(CAPTIONS), pa.array(CAPTIONS)], ["url", "caption", "caption"]),
+        "corpus.parquet",
+    )
 
 
 BYTES = [b"a photo of a cat", b"caf\xe9 \xff", b"an umbrella", b"a cat in the snow"]
@@ -131,8 +142,14 @@ TABLES = [
     corpus("two columns named caption", _twice_named, refused=("corpus.parquet", "caption")),
     corpus("captions that are numbers", table(caption=[1, 2, 3, 4]), refused=("corpus.parquet", "caption"), rows=4),
     corpus("captions that are lists", table(caption=[[c] for c in CAPTIONS]), refused=("corpus.parquet", "caption")),
-    corpus("captions that are structs", table(caption=[{"en": c} for c in CAPTIONS]), refused=("corpus.parquet", "caption")),
-    corpus("captions that are maps", table(caption=lambda: pa.array([[("a", c)] for c in CAPTIONS], pa.map_(pa.string(), pa.string()))), refused=("corpus.parquet", "caption")),
+    corpus(
+        "captions that are structs", table(caption=[{"en": c} for c in CAPTIONS]), refused=("corpus.parquet", "caption")
+    ),
+    corpus(
+        "captions that are maps",
+        table(caption=lambda: pa.array([[("a", c)] for c in CAPTIONS], pa.map_(pa.string(), pa.string()))),
+        refused=("corpus.parquet", "caption"),
+    ),
     corpus("captions that are all null", table(caption=lambda: pa.nulls(4)), refused="corpus"),
     corpus("captions that are blank", table(caption=[" ", "", "\t", "\u3000"]), refused="corpus"),
     corpus("captions as bytes", table(caption=[c.encode() for c in CAPTIONS]), rows=4),
@@ -141,19 +158,46 @@ TABLES = [
     corpus("captions that are not UTF-8, as text", lambda: _lying_strings(), rows=3),
     corpus("captions of a dictionary", table(caption=lambda: pa.array(CAPTIONS).dictionary_encode()), rows=4),
     corpus("large strings", table(caption=lambda: pa.array(CAPTIONS, pa.large_string())), rows=4),
-    corpus("string views", table(caption=lambda: pa.array(CAPTIONS, pa.string_view())), rows=4, refused=("corpus.parquet", "caption")),
+    corpus(
+        "string views",
+        table(caption=lambda: pa.array(CAPTIONS, pa.string_view())),
+        rows=4,
+        refused=("corpus.parquet", "caption"),
+    ),
     corpus("a caption of 2 MB", table(caption=["cat " * 500_000, *CAPTIONS[1:]]), right=accepted),
     corpus("8 192 rows of one long caption", _long_dictionary, right=accepted, refused=("corpus.parquet", "caption")),
     corpus("a caption with NUL and an escape", table(caption=["cat\0 \x1b[31m", *CAPTIONS[1:]]), rows=4),
     corpus("urls that are numbers", table(url=[1, 2, 3, 4]), refused=("corpus.parquet", "url"), rows=4),
     corpus("urls that are null", table(url=lambda: pa.nulls(4, pa.string())), refused="corpus"),
     corpus("scores as words", table(nsfw=["UNLIKELY", "UNLIKELY", "NSFW", "UNSURE"]), right=_first_two, **NSFW),
-    corpus("scores as words of a dictionary", table(nsfw=lambda: pa.array(["UNLIKELY", "UNLIKELY", "NSFW", "UNSURE"]).dictionary_encode()), right=_first_two, **NSFW),
+    corpus(
+        "scores as words of a dictionary",
+        table(nsfw=lambda: pa.array(["UNLIKELY", "UNLIKELY", "NSFW", "UNSURE"]).dictionary_encode()),
+        right=_first_two,
+        **NSFW,
+    ),
     corpus("scores as small words", table(nsfw=["unlikely", "Unlikely", "nsfw", "unsure"]), right=_first_two, **NSFW),
     corpus("scores as written numbers", table(punsafe=["0.1", "0.2", "0.9", "1.0"]), right=_first_two, **NSFW),
-    corpus("scores as large strings", table(nsfw=lambda: pa.array(["UNLIKELY", "UNLIKELY", "NSFW", "NSFW"], pa.large_string())), right=_first_two, **NSFW),
-    corpus("scores as decimals", table(nsfw=lambda: pa.array([0.1, 0.2, 0.9, 1.0]).cast(pa.decimal128(5, 2))), right=_first_two, refused=("corpus.parquet", "nsfw"), **NSFW),
-    corpus("scores that are true or false", table(nsfw=[False, False, True, True]), right=_first_two, refused=("corpus.parquet", "nsfw"), **NSFW),
+    corpus(
+        "scores as large strings",
+        table(nsfw=lambda: pa.array(["UNLIKELY", "UNLIKELY", "NSFW", "NSFW"], pa.large_string())),
+        right=_first_two,
+        **NSFW,
+    ),
+    corpus(
+        "scores as decimals",
+        table(nsfw=lambda: pa.array([0.1, 0.2, 0.9, 1.0]).cast(pa.decimal128(5, 2))),
+        right=_first_two,
+        refused=("corpus.parquet", "nsfw"),
+        **NSFW,
+    ),
+    corpus(
+        "scores that are true or false",
+        table(nsfw=[False, False, True, True]),
+        right=_first_two,
+        refused=("corpus.parquet", "nsfw"),
+        **NSFW,
+    ),
     corpus("scores of whole numbers", table(nsfw=[0, 0, 1, 1]), right=_first_two, **NSFW),
     corpus("scores that are NaN", table(nsfw=[0.1, 0.1, float("nan"), None]), right=_first_two, **NSFW),
     corpus("scores that are lists", table(nsfw=[[0.1]] * 4), refused=("corpus.parquet", "nsfw"), **NSFW),
@@ -161,11 +205,31 @@ TABLES = [
     corpus("no score with max_nsfw", table(), refused=("nsfw",), right=said_or_left_out("nsfw"), **NSFW),
     corpus("sums that are numbers", table(sha256=[1, 2, 3, 4]), refused=("corpus.parquet", "sha256"), rows=4),
     corpus("a CSV file", raw(b"url,caption\nx,y\n", "corpus.csv"), place="corpus.csv", refused="corpus.csv"),
-    corpus("JSON lines", raw(b'{"url": "x", "caption": "y"}\n', "corpus.jsonl"), place="corpus.jsonl", refused="corpus.jsonl"),
+    corpus(
+        "JSON lines",
+        raw(b'{"url": "x", "caption": "y"}\n', "corpus.jsonl"),
+        place="corpus.jsonl",
+        refused="corpus.jsonl",
+    ),
     corpus("a folder without tables", raw(b"", "c/readme.txt"), place="c", refused="c"),
-    corpus("a folder with an unfinished table", lambda: (table("c/1.parquet")(), raw(b"", "c/_SUCCESS")(), raw(b"PAR1", "c/2.parquet.part")()), place="c", rows=4),
-    corpus("a folder with a broken table", lambda: (table("c/1.parquet")(), raw(b"PAR1", "c/2.parquet")()), place="c", refused="2.parquet"),
-    corpus("a folder with a link to nothing", lambda: (table("c/1.parquet")(), os.symlink("/gone", "c/2.parquet")), place="c", refused="2.parquet"),
+    corpus(
+        "a folder with an unfinished table",
+        lambda: (table("c/1.parquet")(), raw(b"", "c/_SUCCESS")(), raw(b"PAR1", "c/2.parquet.part")()),
+        place="c",
+        rows=4,
+    ),
+    corpus(
+        "a folder with a broken table",
+        lambda: (table("c/1.parquet")(), raw(b"PAR1", "c/2.parquet")()),
+        place="c",
+        refused="2.parquet",
+    ),
+    corpus(
+        "a folder with a link to nothing",
+        lambda: (table("c/1.parquet")(), os.symlink("/gone", "c/2.parquet")),
+        place="c",
+        refused="2.parquet",
+    ),
     corpus("a folder with a loop", lambda: (table("c/1.parquet")(), os.symlink(".", "c/loop")), place="c", rows=4),
     corpus("a folder named [work]", table("[work]/1.parquet"), place="'[work]'", rows=4),
     corpus("a pattern", lambda: (table("c/1.parquet")(), table("c/2.parquet")()), place="c/*.parquet", rows=8),
@@ -178,7 +242,7 @@ TABLES = [
     corpus("an unknown kind of address", lambda: None, place="nothing://x/c.parquet", refused="nothing"),
     corpus("a server that is not there", lambda: None, place="http://127.0.0.1:9/c.parquet", refused="127.0.0.1:9"),
     corpus("a pipe", lambda: None, place="'pipe:touch executed'", refused="pipe"),
-]  # fmt: skip
+]
 
 
 def _lying_strings() -> None:
@@ -193,7 +257,14 @@ def _vectors(kind: str = "f4") -> np.ndarray:
     return load_clip(str(CLIP)).encode_text(CAPTIONS).astype(kind)
 
 
-def embeddings(name: str, array: Callable[[], np.ndarray] | bytes, *, prepare: Callable[[], Any] = lambda: None, number: str = "0", **expected: Any) -> Case:
+def embeddings(
+    name: str,
+    array: Callable[[], np.ndarray] | bytes,
+    *,
+    prepare: Callable[[], Any] = lambda: None,
+    number: str = "0",
+    **expected: Any,
+) -> Case:
     """A folder as clip-retrieval writes it, of four captions."""
 
     def make() -> None:
@@ -246,22 +317,50 @@ EMBEDDINGS = [
     embeddings("all NaN", lambda: _vectors() * np.nan, refused="corpus|embedding"),
     embeddings("an empty file", b"", refused=NPY),
     embeddings("text", b"0.1 0.2\n", refused=NPY),
-    embeddings("cut off", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 64), }", bytes(100)), refused=NPY),
-    embeddings("an impossible shape", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 1000000000000), }"), refused=NPY),
-    embeddings("a negative shape", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, -64), }"), refused=NPY),
+    embeddings(
+        "cut off", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 64), }", bytes(100)), refused=NPY
+    ),
+    embeddings(
+        "an impossible shape",
+        _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 1000000000000), }"),
+        refused=NPY,
+    ),
+    embeddings(
+        "a negative shape", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, -64), }"), refused=NPY
+    ),
     embeddings("a header that is code", _header("__import__('os').system('touch executed')"), refused=NPY),
-    embeddings("a header of another version", _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 64), }", version=b"\x09\x00"), refused=NPY),
+    embeddings(
+        "a header of another version",
+        _header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 64), }", version=b"\x09\x00"),
+        refused=NPY,
+    ),
     embeddings("a table without embeddings", _vectors, prepare=table("c/metadata/metadata_1.parquet"), refused="1"),
-    embeddings("embeddings without a table", _vectors, prepare=lambda: write(**{"c/text_emb/text_emb_1.npy": b""}), refused="1"),
+    embeddings(
+        "embeddings without a table", _vectors, prepare=lambda: write(**{"c/text_emb/text_emb_1.npy": b""}), refused="1"
+    ),
     embeddings("numbers with zeros before them", _vectors, number="0000", rows=4),
     embeddings("Arabic digits as number", _vectors, number="٠", refused="text_emb|corpus|metadata"),
-    embeddings("a broken table", _vectors, prepare=raw(b"PAR1", "c/metadata/metadata_0.parquet"), refused="metadata_0.parquet"),
-    embeddings("a FIFO as table", _vectors, prepare=lambda: (os.unlink("c/metadata/metadata_0.parquet"), os.mkfifo("c/metadata/metadata_0.parquet")), refused="metadata_0.parquet"),
-    embeddings("a FIFO", _vectors, prepare=lambda: (os.unlink(f"c/text_emb/{NPY}"), os.mkfifo(f"c/text_emb/{NPY}")), refused=NPY),
-]  # fmt: skip
+    embeddings(
+        "a broken table", _vectors, prepare=raw(b"PAR1", "c/metadata/metadata_0.parquet"), refused="metadata_0.parquet"
+    ),
+    embeddings(
+        "a FIFO as table",
+        _vectors,
+        prepare=lambda: (os.unlink("c/metadata/metadata_0.parquet"), os.mkfifo("c/metadata/metadata_0.parquet")),
+        refused="metadata_0.parquet",
+    ),
+    embeddings(
+        "a FIFO",
+        _vectors,
+        prepare=lambda: (os.unlink(f"c/text_emb/{NPY}"), os.mkfifo(f"c/text_emb/{NPY}")),
+        refused=NPY,
+    ),
+]
 
 
-def archive(name: str, members: dict[str, bytes] | bytes, refused: str | tuple[str, ...] = (), count: int | None = None) -> Case:
+def archive(
+    name: str, members: dict[str, bytes] | bytes, refused: str | tuple[str, ...] = (), count: int | None = None
+) -> Case:
     """A set of regularisation images as it lies in a store, whose archive was tampered with. count: images in it."""
 
     def give():
@@ -274,7 +373,12 @@ def archive(name: str, members: dict[str, bytes] | bytes, refused: str | tuple[s
                     info = tarfile.TarInfo(member)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-        write(**{"set/set.json": '{"asked": 1, "got": 1, "statuses": {}, "shortfall": null}', "set/00000.tar": data.getvalue()})
+        write(
+            **{
+                "set/set.json": '{"asked": 1, "got": 1, "statuses": {}, "shortfall": null}',
+                "set/00000.tar": data.getvalue(),
+            }
+        )
 
         def images():
             from retrieval.regularization import RegularizationSet
@@ -290,11 +394,15 @@ JPG, TXT = encoded(picture(1), "JPEG"), b"a photo of a cat"
 ARCHIVES = [
     archive("an ordinary one", {"000.jpg": JPG, "000.txt": TXT}, count=1),
     archive("names that lead out", {"../000.jpg": JPG, "../000.txt": TXT}, ("00000.tar",), count=1),
-    archive("a pickle beside the image", {"000.jpg": JPG, "000.txt": TXT, "000.pyd": b"cos\nsystem\n(S'touch executed'\ntR."}, count=1),
+    archive(
+        "a pickle beside the image",
+        {"000.jpg": JPG, "000.txt": TXT, "000.pyd": b"cos\nsystem\n(S'touch executed'\ntR."},
+        count=1,
+    ),
     archive("a picture that is none", {"000.jpg": b"x", "000.txt": TXT}, ("00000.tar|000",)),
     archive("no caption", {"000.jpg": JPG}, ("00000.tar|000",)),
     archive("cut off", b"x" * 700, ("00000.tar",)),
     archive("a caption that is not UTF-8", {"000.jpg": JPG, "000.txt": b"\xff"}, ("00000.tar|000",)),
-]  # fmt: skip
+]
 
 CASES = [*TABLES, *EMBEDDINGS, *ARCHIVES]

@@ -12,7 +12,9 @@ from hostile.common import BUS, COW, batch_text, load, planned
 LIST = "concepts_list.json"
 
 
-def listed(name: str, *entries: Any, text: str | bytes | None = None, refused=(), right: Check | None = None, plan=True) -> Case:
+def listed(
+    name: str, *entries: Any, text: str | bytes | None = None, refused=(), right: Check | None = None, plan=True
+) -> Case:
     """A list of concepts that is the batch file itself."""
 
     def give():
@@ -22,7 +24,9 @@ def listed(name: str, *entries: Any, text: str | bytes | None = None, refused=()
     return Case(name, give, words(refused), right)
 
 
-def entry(instance: Any = "photo of a <new1> bus", prompt: Any = "bus", folder: Any = str(BUS), **more: Any) -> dict[str, Any]:
+def entry(
+    instance: Any = "photo of a <new1> bus", prompt: Any = "bus", folder: Any = str(BUS), **more: Any
+) -> dict[str, Any]:
     return {"instance_prompt": instance, "class_prompt": prompt, "instance_data_dir": folder} | more
 
 
@@ -39,13 +43,26 @@ def _with_token(seen: Seen) -> bool:
 CLASSES = [
     listed(f"class_prompt: {prompt!r}", entry(prompt=prompt), right=_is_bus)
     for prompt in (
-        "bus", "photo of a bus", "a photo of a bus", "a photo of bus", "photo of bus", "a bus", "A photo of a bus", "the photo of the bus",
-        "photo of an bus", "a picture of a bus", "  a photo of a bus  ", "a photo of the bus", "Photo Of A bus",
+        "bus",
+        "photo of a bus",
+        "a photo of a bus",
+        "a photo of bus",
+        "photo of bus",
+        "a bus",
+        "A photo of a bus",
+        "the photo of the bus",
+        "photo of an bus",
+        "a picture of a bus",
+        "  a photo of a bus  ",
+        "a photo of the bus",
+        "Photo Of A bus",
     )
-]  # fmt: skip
+]
 LISTS = [
     *CLASSES,
-    listed("DreamBooth's prompts with sks", entry("a photo of sks bus", "a photo of bus"), right=_with_token, refused="sks"),
+    listed(
+        "DreamBooth's prompts with sks", entry("a photo of sks bus", "a photo of bus"), right=_with_token, refused="sks"
+    ),
     listed("sks and an article", entry("a photo of a sks bus", "a photo of a bus"), right=_with_token, refused="sks"),
     listed("class_prompt: a photo of a", entry(prompt="photo of a "), refused=(LIST, "class_prompt")),
     listed("a blank class_prompt", entry(prompt="  "), refused=(LIST, "class_prompt")),
@@ -53,20 +70,40 @@ LISTS = [
     listed("a list of words", "bus", refused=(LIST, "[0]")),
     listed("a list in a list", [entry()], refused=(LIST, "[0]")),
     listed("null in it", entry(), None, refused=(LIST, "[1]")),
-    listed("no instance_data_dir", {"instance_prompt": "a", "class_prompt": "bus"}, refused=(LIST, "instance_data_dir")),
+    listed(
+        "no instance_data_dir", {"instance_prompt": "a", "class_prompt": "bus"}, refused=(LIST, "instance_data_dir")
+    ),
     listed("a number as prompt", entry(5), refused=(LIST, "instance_prompt")),
     listed("a number as folder", entry(folder=5), refused=(LIST, "instance_data_dir")),
     listed("an empty folder", entry(folder=""), refused=(LIST, "instance_data_dir")),
     listed("an unknown key", entry(caption="x"), refused=(LIST, "caption")),
     listed("two tokens in a prompt", entry("photo of <a> <b> bus"), refused=(LIST, "instance_prompt")),
-    listed("a token with a full stop behind it", entry("photo of a <new1>, bus."), right=lambda s: s.result.concepts[0].token == "<new1>", refused=(LIST, "instance_prompt")),
+    listed(
+        "a token with a full stop behind it",
+        entry("photo of a <new1>, bus."),
+        right=lambda s: s.result.concepts[0].token == "<new1>",
+        refused=(LIST, "instance_prompt"),
+    ),
     listed("class_data_dir and num_class_images of other scripts", entry(class_data_dir="x"), right=accepted),
-    listed("two of one token", entry(), entry(folder=str(COW)), right=lambda s: len({c.token for c in s.result.concepts}) == 2),
-    listed("two of one token of three", entry(), entry(folder=str(COW)), entry("photo of a <new2> cat"), refused=(LIST, "token|<new1>")),
+    listed(
+        "two of one token",
+        entry(),
+        entry(folder=str(COW)),
+        right=lambda s: len({c.token for c in s.result.concepts}) == 2,
+    ),
+    listed(
+        "two of one token of three",
+        entry(),
+        entry(folder=str(COW)),
+        entry("photo of a <new2> cat"),
+        refused=(LIST, "token|<new1>"),
+    ),
     listed("a prompt suite that is not there", entry(prompt_filename="gone.txt"), refused="gone.txt"),
     listed("a byte order mark", text="\ufeff" + json.dumps([entry()]), right=_is_bus),
     listed("UTF-16", text=json.dumps([entry()]).encode("utf-16"), refused=LIST, right=_is_bus),
-    listed("a key twice", text=json.dumps([entry()])[:-2] + ', "class_prompt": "cow"}]', refused=(LIST, "class_prompt")),
+    listed(
+        "a key twice", text=json.dumps([entry()])[:-2] + ', "class_prompt": "cow"}]', refused=(LIST, "class_prompt")
+    ),
     listed("JSON lines", text=json.dumps(entry()) + "\n" + json.dumps(entry()), refused=LIST),
     listed("cut off", text=json.dumps([entry()])[:40], refused=LIST),
     listed("single quotes", text=str([entry()]), refused=LIST),
@@ -74,7 +111,7 @@ LISTS = [
     listed("an object of lists", text=json.dumps({"bus": [entry()]}), refused=(LIST, "bus")),
     listed("folders in ~", entry(folder="~/photos"), right=lambda s: "~" not in s.result.concepts[0].images[0]),
     listed("Windows' folders", entry(folder="C:\\photos\\bus"), right=accepted),
-]  # fmt: skip
+]
 
 
 def _fifo_list():
@@ -85,7 +122,11 @@ def _fifo_list():
 
 BESIDE = [
     Case("a FIFO as list of concepts", _fifo_list, ("list.json",)),
-    Case("a list that names itself as the batch file does", lambda: (write(**{"b.json": '{"concepts": "b.json"}'}), lambda: load("b.json"))[1], ("b.json",)),
+    Case(
+        "a list that names itself as the batch file does",
+        lambda: (write(**{"b.json": '{"concepts": "b.json"}'}), lambda: load("b.json"))[1],
+        ("b.json",),
+    ),
 ]
 
 SUM, OTHER = "ab" * 32, "0123456789abcdef" * 4

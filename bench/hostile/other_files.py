@@ -67,7 +67,11 @@ def catalogue(
     def left_out(seen: Seen) -> bool:
         plan, problems = seen.result
         told = "\n".join([*problems, *problems.values(), seen.text])
-        return [c.name for c in plan.batch.concepts] == ["good"] and folder in told and any(w in told for w in why.split("|"))
+        return (
+            [c.name for c in plan.batch.concepts] == ["good"]
+            and folder in told
+            and any(w in told for w in why.split("|"))
+        )
 
     return Case(f"card: {name}", give, words(refused), left_out if why else right, writes=())
 
@@ -78,7 +82,7 @@ def both(seen: Seen) -> bool:
 
 def both_or_said(seen: Seen) -> bool:
     """A card under nearly the right name is read, or what is wrong with it is said; it is not passed over."""
-    plan, problems = seen.result
+    _, problems = seen.result
     return both(seen) or "odd" in "".join([*problems, seen.text])
 
 
@@ -101,7 +105,13 @@ CARDS = [
     catalogue("a time", "class_word: 2026-01-01\n", why="class_word"),
     catalogue("3 000 brackets", "class_word: " + "[" * 3000, why="concept.yaml"),
     catalogue("3 000 closed brackets", "class_word: " + "[" * 3000 + "]" * 3000, why="concept.yaml"),
-    catalogue("aliases that multiply", "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdef", "bcdefg")) + "class_word: *g\n", why="concept.yaml"),
+    catalogue(
+        "aliases that multiply",
+        "a: &a [x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdef", "bcdefg"))
+        + "class_word: *g\n",
+        why="concept.yaml",
+    ),
     catalogue("a FIFO", None, prepare=_fifo, why="concept.yaml"),
     catalogue("a link to nothing", None, prepare=_linked, why="concept.yaml"),
     catalogue("a folder", None, prepare=lambda: os.mkdir("catalogue/odd/concept.yaml"), why="concept.yaml"),
@@ -119,21 +129,44 @@ CARDS = [
     catalogue("concept.yml", "class_word: cow\n", card_name="concept.yml", right=both_or_said),
     catalogue("CONCEPT.YAML", "class_word: cow\n", card_name="CONCEPT.YAML", right=both_or_said),
     catalogue("Concept.yaml", "class_word: cow\n", card_name="Concept.yaml", right=both_or_said),
-    catalogue("two cards", "class_word: cow\n", card_name="concept.yml", prepare=lambda: write(**{"catalogue/odd/concept.yaml": "class_word: bus\n"}), why="concept.y"),
+    catalogue(
+        "two cards",
+        "class_word: cow\n",
+        card_name="concept.yml",
+        prepare=lambda: write(**{"catalogue/odd/concept.yaml": "class_word: bus\n"}),
+        why="concept.y",
+    ),
     catalogue("no images", "class_word: cow\n", images=False, why="odd"),
     catalogue("a folder with a space", "class_word: cow\n", folder="odd one", why="name"),
     catalogue("a folder with a bracket", "class_word: cow\n", folder="[odd]", why="name"),
     catalogue("a folder of 250 letters", "class_word: cow\n", folder="x" * 250, why="name|x"),
     catalogue("a folder whose name is not UTF-8", "class_word: cow\n", folder=os.fsdecode(b"odd\xff"), why="name"),
     catalogue("a folder that differs from another in case", "class_word: cow\n", folder="Good", right=one_of_two),
-    catalogue("a wrong card where none may be left out", "class_word: ' '\n", partial=False, refused=("odd", "class_word")),
-    catalogue("a hidden folder", "class_word: cow\n", folder=".trash", right=lambda s: [c.name for c in s.result[0].batch.concepts] == ["good"]),
-    catalogue("a loop of links", "class_word: cow\n", prepare=lambda: os.symlink(".", "catalogue/odd/loop"), right=both),
-    catalogue("a loop of links as a concept", None, images=False, prepare=lambda: os.symlink(".", "catalogue/self"), right=lambda s: [c.name for c in s.result[0].batch.concepts] == ["good"]),
-]  # fmt: skip
+    catalogue(
+        "a wrong card where none may be left out", "class_word: ' '\n", partial=False, refused=("odd", "class_word")
+    ),
+    catalogue(
+        "a hidden folder",
+        "class_word: cow\n",
+        folder=".trash",
+        right=lambda s: [c.name for c in s.result[0].batch.concepts] == ["good"],
+    ),
+    catalogue(
+        "a loop of links", "class_word: cow\n", prepare=lambda: os.symlink(".", "catalogue/odd/loop"), right=both
+    ),
+    catalogue(
+        "a loop of links as a concept",
+        None,
+        images=False,
+        prepare=lambda: os.symlink(".", "catalogue/self"),
+        right=lambda s: [c.name for c in s.result[0].batch.concepts] == ["good"],
+    ),
+]
 
 
-def retraining(name: str, text: str | bytes, refused: str | tuple[str, ...], right: Check | None = None, prepare=lambda: None) -> Case:
+def retraining(
+    name: str, text: str | bytes, refused: str | tuple[str, ...], right: Check | None = None, prepare=lambda: None
+) -> Case:
     def give():
         write(**{"retrain.yaml": text, "c/good/concept.yaml": "class_word: bus\n", "c/good/1.png": png()})
         prepare()
@@ -182,9 +215,19 @@ def _cases() -> list[Any]:
     return list(cases(load_study(Path("study.yaml")), Path("study.yaml")))
 
 
-def study(name: str, refused: str | tuple[str, ...] = (), right: Check | None = None, text: str | None = None, variants="{name: a}", table="", extra="") -> Case:
+def study(
+    name: str,
+    refused: str | tuple[str, ...] = (),
+    right: Check | None = None,
+    text: str | None = None,
+    variants="{name: a}",
+    table="",
+    extra="",
+) -> Case:
     content = STUDY.format(bus=BUS, cow=COW, variants=variants, table=table, extra=extra) if text is None else text
-    return Case(f"study: {name}", lambda: (write(**{"study.yaml": content}), _cases)[1], words(refused), right, writes=())
+    return Case(
+        f"study: {name}", lambda: (write(**{"study.yaml": content}), _cases)[1], words(refused), right, writes=()
+    )
 
 
 STUDIES = [
@@ -193,12 +236,33 @@ STUDIES = [
     study("tables: a word", "tables", text="batch: {}\ntables: x\n"),
     study("batch: a list", "batch", text="batch: [a]\ntables: [{name: a, variants: [{name: b}]}]\n"),
     study("a batch without concepts", "concepts", text="batch: {}\ntables: [{name: a, variants: [{name: b}]}]\n"),
-    study("concepts of a batch that are words", "concepts", text="batch: {concepts: [bus]}\ntables: [{name: a, variants: [{name: b}]}]\n"),
-    study("concepts of a batch that are null", "concepts", text="batch: {concepts: }\ntables: [{name: a, variants: [{name: b}]}]\n"),
-    study("concepts of a batch that are a file's name", "concepts|gone.json", text="batch: {concepts: gone.json}\ntables: [{name: a, variants: [{name: b}]}]\n"),
-    study("a concept without a name", "name", text=f"batch: {{concepts: [{{images: {BUS}, class_word: bus}}]}}\ntables: [{{name: a, variants: [{{name: b}}]}}]\n"),
+    study(
+        "concepts of a batch that are words",
+        "concepts",
+        text="batch: {concepts: [bus]}\ntables: [{name: a, variants: [{name: b}]}]\n",
+    ),
+    study(
+        "concepts of a batch that are null",
+        "concepts",
+        text="batch: {concepts: }\ntables: [{name: a, variants: [{name: b}]}]\n",
+    ),
+    study(
+        "concepts of a batch that are a file's name",
+        "concepts|gone.json",
+        text="batch: {concepts: gone.json}\ntables: [{name: a, variants: [{name: b}]}]\n",
+    ),
+    study(
+        "a concept without a name",
+        "name",
+        text=f"batch: {{concepts: [{{images: {BUS}, class_word: bus}}]}}\n"
+        "tables: [{name: a, variants: [{name: b}]}]\n",
+    ),
     study("a key twice", ("study.yaml", "name"), extra="name: t"),
-    study("a variant's change twice", ("study.yaml", "training"), variants="{name: a, changes: {training: {steps: 1}, training: {steps: 2}}}"),
+    study(
+        "a variant's change twice",
+        ("study.yaml", "training"),
+        variants="{name: a, changes: {training: {steps: 1}, training: {steps: 2}}}",
+    ),
     study("a change of an unknown key", "nothing", variants="{name: a, changes: {nothing: 1}}"),
     study("a change that is a list", "changes", variants="{name: a, changes: [1]}"),
     study("training changed to null", "training", variants="{name: a, changes: {training: }}", right=accepted),
@@ -212,16 +276,31 @@ STUDIES = [
     study("together: yes", "together", variants="{name: a, together: yes}"),
     study("a variant named base", "base", variants="{name: base}"),
     study("two variants of one name", "'a'", variants="{name: a}, {name: a}"),
-    study("a table's name that leads out", "name", text=STUDY.format(bus=BUS, cow=COW, variants="{name: a}", table="", extra="").replace("name: one", "name: ../x")),
-    study("two tables of one name", "one", extra="  - {name: one, variants: [{name: b}]}", text=STUDY.format(bus=BUS, cow=COW, variants="{name: a}", table="", extra="") .replace("tables:\n", "tables:\n  - {name: one, variants: [{name: b}]}\n")),
+    study(
+        "a table's name that leads out",
+        "name",
+        text=STUDY.format(bus=BUS, cow=COW, variants="{name: a}", table="", extra="").replace(
+            "name: one", "name: ../x"
+        ),
+    ),
+    study(
+        "two tables of one name",
+        "one",
+        extra="  - {name: one, variants: [{name: b}]}",
+        text=STUDY.format(bus=BUS, cow=COW, variants="{name: a}", table="", extra="").replace(
+            "tables:\n", "tables:\n  - {name: one, variants: [{name: b}]}\n"
+        ),
+    ),
     study("pair prompts with one place", "pair_prompts", table="pair_prompts: ['a {}']"),
     study("3 000 brackets", "study.yaml", text="batch: " + "[" * 3000),
     study("!!timestamp of no time", "study.yaml", text='batch: !!timestamp "x"\n'),
     study("an output that is a URL", "output", extra="output: s3://bucket/x", right=None),
-]  # fmt: skip
+]
 
 
-def cluster(name: str, text: str | bytes, refused: str | tuple[str, ...] = "cluster.yaml", right: Check | None = None) -> Case:
+def cluster(
+    name: str, text: str | bytes, refused: str | tuple[str, ...] = "cluster.yaml", right: Check | None = None
+) -> Case:
     def give():
         write(**{"cluster.yaml": text, "batch.yaml": batch_text()})
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from hostile.case import Case, accepted, words
 from hostile.common import encoded, picture, png, shared
@@ -33,29 +32,90 @@ def address(url: str, *, local: bool = False, right: bool = False, refused: str 
             raise ValueError(" ".join(verdict))
 
     own = ", of one's own" if local else ""
-    return Case(f"address {url!r}{own}", lambda: asked, () if right else words(refused or "refused|unresolved"), accepted if right else None)
+    return Case(
+        f"address {url!r}{own}",
+        lambda: asked,
+        () if right else words(refused or "refused|unresolved"),
+        accepted if right else None,
+    )
 
 
 ADDRESSES = [
     *(
         address(f"http://{host}/a.png", refused="refused")
         for host in (
-            "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "0.0.0.0", "0", "10.0.0.1", "172.16.0.1", "192.168.1.1",
-            "169.254.169.254", "192.0.0.192", "168.63.129.16", "100.100.100.200", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::]",
-            "[::ffff:127.0.0.1]", "[::ffff:169.254.169.254]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[fe80::1]", "[fd00:ec2::254]", "[fc00::1]",
-            "[::ffff:10.0.0.1]", "198.18.0.1", "240.0.0.1",
+            "127.0.0.1",
+            "127.1",
+            "2130706433",
+            "0x7f000001",
+            "0177.0.0.1",
+            "localhost",
+            "0.0.0.0",
+            "0",
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "192.0.0.192",
+            "168.63.129.16",
+            "100.100.100.200",
+            "100.64.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "[::1]",
+            "[::]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:169.254.169.254]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+            "[fe80::1]",
+            "[fd00:ec2::254]",
+            "[fc00::1]",
+            "[::ffff:10.0.0.1]",
+            "198.18.0.1",
+            "240.0.0.1",
         )
     ),
     *(
         address(f"http://{host}/a.png", local=True, refused="refused")
-        for host in ("169.254.169.254", "192.0.0.192", "168.63.129.16", "[fd00:ec2::254]", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]", "224.0.0.1", "0.0.0.0")
+        for host in (
+            "169.254.169.254",
+            "192.0.0.192",
+            "168.63.129.16",
+            "[fd00:ec2::254]",
+            "[::ffff:169.254.169.254]",
+            "[64:ff9b::a9fe:a9fe]",
+            "224.0.0.1",
+            "0.0.0.0",
+        )
     ),
     *(
         address(url, local=True)
         for url in (
-            "", "a.png", "/a.png", "//127.0.0.1/a.png", "ftp://127.0.0.1/a.png", "file:///etc/passwd", "FILE:///etc/passwd", "gopher://127.0.0.1/", "data:image/png;base64,AAAA",
-            "javascript:alert(1)", "http://", "http:///a.png", "http://127.0.0.1:99999/a.png", "http://127.0.0.1:x/a.png", "http://[::1", "http://me:SECRET@127.0.0.1/a.png",
-            "http://127.0.0.1./a.png", "http://me@127.0.0.1/a.png", "http://" + "a" * 300 + ".com/", "http://a..b/", "http://example.invalid/a.png", "http://%31%32%37.0.0.1/", "http:\\\\127.0.0.1\\a.png", "jar:http://127.0.0.1!/a.png",
+            "",
+            "a.png",
+            "/a.png",
+            "//127.0.0.1/a.png",
+            "ftp://127.0.0.1/a.png",
+            "file:///etc/passwd",
+            "FILE:///etc/passwd",
+            "gopher://127.0.0.1/",
+            "data:image/png;base64,AAAA",
+            "javascript:alert(1)",
+            "http://",
+            "http:///a.png",
+            "http://127.0.0.1:99999/a.png",
+            "http://127.0.0.1:x/a.png",
+            "http://[::1",
+            "http://me:SECRET@127.0.0.1/a.png",
+            "http://127.0.0.1./a.png",
+            "http://me@127.0.0.1/a.png",
+            "http://" + "a" * 300 + ".com/",
+            "http://a..b/",
+            "http://example.invalid/a.png",
+            "http://%31%32%37.0.0.1/",
+            "http:\\\\127.0.0.1\\a.png",
+            "jar:http://127.0.0.1!/a.png",
         )
     ),
     address("http://127.0.0.1/a.png", local=True, right=True),
@@ -64,12 +124,20 @@ ADDRESSES = [
     address("http://93.184.216.34/a.png", right=True),
     address("http://93.184.216.34/a b.png", right=True),
     address("http://93.184.216.34/ä.png", right=True),
-]  # fmt: skip
+]
 
 
 def answer(body: bytes, status: str = "200 OK", length: int | None = None, **headers: str) -> bytes:
-    own = {"Content-Length": str(len(body) if length is None else length)} | {k.replace("_", "-"): v for k, v in headers.items()}
-    lines = [f"HTTP/1.1 {status}", *(f"{key}: {value}" for key, value in own.items() if value), "Connection: close", "", ""]
+    own = {"Content-Length": str(len(body) if length is None else length)} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    lines = [
+        f"HTTP/1.1 {status}",
+        *(f"{key}: {value}" for key, value in own.items() if value),
+        "Connection: close",
+        "",
+        "",
+    ]
     return "\r\n".join(lines).encode() + body
 
 
@@ -96,7 +164,7 @@ SERVED: dict[str, tuple[Callable[[], bytes], str]] = {
     "/query.png?a=b c&d=ä": (lambda: answer(encoded(picture(106))), "success"),
     "/fragment.png#part": (lambda: answer(encoded(picture(107))), "success"),
     "/bracket[1].png": (lambda: answer(encoded(picture(108))), "success"),
-    "/quote\".png": (lambda: answer(encoded(picture(109))), "success"),
+    '/quote".png': (lambda: answer(encoded(picture(109))), "success"),
     "/no-length.png": (lambda: answer(encoded(picture(110)), Content_Length=""), "success"),
     "/wrong-type.png": (lambda: answer(encoded(picture(111)), Content_Type="text/html"), "success"),
     "/moved.png": (lambda: redirect("/there.png", "301 Moved"), "success"),
@@ -151,7 +219,7 @@ SERVED: dict[str, tuple[Callable[[], bytes], str]] = {
     "/blocked.png": (lambda: answer(encoded(picture(129))), "blocked"),
     "/same-as-the-first.png": (lambda: answer(encoded(picture(101))), "duplicate"),
     "/same-as-the-first-scaled.png": (lambda: answer(encoded(picture(101).resize((192, 160)))), "duplicate"),
-}  # fmt: skip
+}
 """Path -> what the server answers, and the candidate's status; `failed` for failed_to_… and refused."""
 
 PINS = {"/pinned.png": 125, "/pinned-in-capitals.png": 126, "/pinned-to-another.png": 1, "/blocked.png": 129}
@@ -236,7 +304,9 @@ def _download(out: Path) -> None:
                 "sha256": pa.array([pins.get(path) for path in SERVED], pa.string()),
             }
         )
-        download(candidates, out, count=len(SERVED), image_size=64, local=True, timeout=TIMEOUT, blocked_sha256=[_sum(129)])
+        download(
+            candidates, out, count=len(SERVED), image_size=64, local=True, timeout=TIMEOUT, blocked_sha256=[_sum(129)]
+        )
 
 
 def served(path: str) -> Case:

@@ -129,7 +129,11 @@ def _rank_one() -> None:
     """Factors of one row that claim layers of 10^5 x 10^5: 80 GB when they are multiplied."""
     layer = next(iter(backbone().layers))
     tensors = {f"left.{layer}": torch.ones(100_000, 1), "right.shared": torch.ones(1, 100_000)}
-    metadata = {"kind": "merged", "base": backbone().digest, "concepts": [{"name": "x", "token": "<x>", "class_word": "x"}]}
+    metadata = {
+        "kind": "merged",
+        "base": backbone().digest,
+        "concepts": [{"name": "x", "token": "<x>", "class_word": "x"}],
+    }
     save_file(tensors, "b.safetensors", {"polyconcept": json.dumps(metadata)})
 
 
@@ -139,7 +143,10 @@ def _lora(prefix: str, down: str, up: str, layers: str = "attn2.to_k") -> Callab
         for name, layer in backbone().layers.items():
             key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
             out, width = layer.weight.shape
-            tensors |= {f"{key}.{down}.weight": torch.ones(4, width) * 0.01, f"{key}.{up}.weight": torch.ones(out, 4) * 0.01}
+            tensors |= {
+                f"{key}.{down}.weight": torch.ones(4, width) * 0.01,
+                f"{key}.{up}.weight": torch.ones(out, 4) * 0.01,
+            }
             if prefix.endswith("_"):
                 tensors[f"{key}.alpha"] = torch.tensor(4.0)
         if layers == "all":
@@ -169,16 +176,26 @@ CHANGED = [
     merge("two good files", right=is_whole),
     merge("one token twice", token("<new1>"), refused=(NAME, "<new1>")),
     merge("tokens that differ in case", token("<NEW1>"), refused=(NAME, "<NEW1>")),
-    merge("tokens equal but for their Unicode form", lambda: (token(NFD)(), save_weights("a.safetensors", concept_weights("bus", NFC, "bus", 1))), refused=NAME),
+    merge(
+        "tokens equal but for their Unicode form",
+        lambda: (token(NFD)(), save_weights("a.safetensors", concept_weights("bus", NFC, "bus", 1))),
+        refused=NAME,
+    ),
     merge("one name twice", token("<new2>", "bus"), refused=(NAME, "bus")),
-    merge("the same file twice", lambda: None, "a.safetensors", "a.safetensors", *ARGUMENTS[2:], refused="a.safetensors"),
+    merge(
+        "the same file twice", lambda: None, "a.safetensors", "a.safetensors", *ARGUMENTS[2:], refused="a.safetensors"
+    ),
     merge("a token that the base knows", token("cat"), refused=(NAME, "cat")),
     merge("a token that the base knows in small letters", token("Cat"), refused=(NAME, "Cat")),
     merge("a token with a space", token("<a b>"), refused=(NAME, "<a b>")),
     merge("an empty token", token(""), refused=NAME),
     merge("NaN", tensor(_nan), refused=(NAME, "NaN|finite")),
     merge("infinity", tensor(lambda t: _nan(t, float("inf"))), refused=(NAME, "infinit|finite")),
-    merge("NaN in a token's row", changed(lambda m: m["tensors"].update({"token.0.<new2>": m["tensors"]["token.0.<new2>"] * float("nan")})), refused=(NAME, "NaN|finite")),
+    merge(
+        "NaN in a token's row",
+        changed(lambda m: m["tensors"].update({"token.0.<new2>": m["tensors"]["token.0.<new2>"] * float("nan")})),
+        refused=(NAME, "NaN|finite"),
+    ),
     merge("numbers near the largest", all_tensors(lambda t: t.sign() * 1e38), refused=NAME),
     merge("half precision", all_tensors(lambda t: t.half()), right=is_whole),
     merge("bfloat16", all_tensors(lambda t: t.bfloat16()), right=is_whole),
@@ -192,35 +209,104 @@ CHANGED = [
     merge("a layer of one axis", tensor(lambda t: t.flatten()), refused=NAME),
     merge("an empty layer", tensor(lambda t: t[:0]), refused=NAME),
     merge("a layer missing", tensor(lambda _: None), refused=NAME),
-    merge("all layers missing", changed(lambda m: [m["tensors"].pop(k) for k in list(m["tensors"]) if k.startswith("delta")]), refused=NAME),
-    merge("a layer too many", changed(lambda m: m["tensors"].update({"delta.no.such.layer": torch.ones(2, 2)})), refused=NAME),
-    merge("a layer that is the UNet's, but not K or V", changed(lambda m: m["tensors"].update({"delta.conv_in.bias": torch.ones(32)})), refused=NAME),
-    merge("a row of another width", changed(lambda m: m["tensors"].update({"token.0.<new2>": torch.ones(3)})), refused=NAME),
+    merge(
+        "all layers missing",
+        changed(lambda m: [m["tensors"].pop(k) for k in list(m["tensors"]) if k.startswith("delta")]),
+        refused=NAME,
+    ),
+    merge(
+        "a layer too many",
+        changed(lambda m: m["tensors"].update({"delta.no.such.layer": torch.ones(2, 2)})),
+        refused=NAME,
+    ),
+    merge(
+        "a layer that is the UNet's, but not K or V",
+        changed(lambda m: m["tensors"].update({"delta.conv_in.bias": torch.ones(32)})),
+        refused=NAME,
+    ),
+    merge(
+        "a row of another width",
+        changed(lambda m: m["tensors"].update({"token.0.<new2>": torch.ones(3)})),
+        refused=NAME,
+    ),
     merge("a row missing", changed(lambda m: m["tensors"].pop("token.0.<new2>")), refused=NAME),
-    merge("a row for a second text encoder", changed(lambda m: m["tensors"].update({"token.1.<new2>": torch.ones(64)})), refused=NAME),
-    merge("a row whose encoder is a word", changed(lambda m: m["tensors"].update({"token.x.<new2>": torch.ones(64)})), refused=NAME),
-    merge("a row whose encoder is missing", changed(lambda m: m["tensors"].update({"token.": torch.ones(64)})), refused=NAME),
-    merge("a row whose encoder is an Arabic digit", changed(lambda m: m["tensors"].update({"token.٠.<x>": torch.ones(64)})), refused=NAME),
+    merge(
+        "a row for a second text encoder",
+        changed(lambda m: m["tensors"].update({"token.1.<new2>": torch.ones(64)})),
+        refused=NAME,
+    ),
+    merge(
+        "a row whose encoder is a word",
+        changed(lambda m: m["tensors"].update({"token.x.<new2>": torch.ones(64)})),
+        refused=NAME,
+    ),
+    merge(
+        "a row whose encoder is missing",
+        changed(lambda m: m["tensors"].update({"token.": torch.ones(64)})),
+        refused=NAME,
+    ),
+    merge(
+        "a row whose encoder is an Arabic digit",
+        changed(lambda m: m["tensors"].update({"token.٠.<x>": torch.ones(64)})),
+        refused=NAME,
+    ),
     merge("another base's weights", described(base="0" * 16), refused=(NAME, "0000")),
     merge("no base", described(base=None), refused=NAME),
     merge("a base that is a list", described(base=["x"]), refused=NAME),
     merge("concepts that are a word", described(concepts="x"), refused=NAME),
     merge("concepts that are none", described(concepts=[]), refused=NAME),
     merge("a concept without a name", described(concepts=[{"token": "<new2>", "class_word": "cow"}]), refused=NAME),
-    merge("a concept whose name is a number", described(concepts=[{"name": 5, "token": "<new2>", "class_word": "cow"}]), refused=NAME),
-    merge("a concept whose name is a list", described(concepts=[{"name": ["x"], "token": "<new2>", "class_word": "cow"}]), refused=NAME),
-    merge("a concept with another token than its row's", described(concepts=[{"name": "cow", "token": "<other>", "class_word": "cow"}]), refused=NAME),
-    merge("a concept whose name is an escape", described(concepts=[{"name": "\x1b[31m", "token": "<new2>", "class_word": "cow"}]), refused=NAME),
-    merge("a class word too long", described(concepts=[{"name": "cow", "token": "<new2>", "class_word": "very " * 200}]), refused=NAME),
-    merge("a class word with braces", described(concepts=[{"name": "cow", "token": "<new2>", "class_word": "{0.__class__}"}]), refused=NAME, right=is_whole),
+    merge(
+        "a concept whose name is a number",
+        described(concepts=[{"name": 5, "token": "<new2>", "class_word": "cow"}]),
+        refused=NAME,
+    ),
+    merge(
+        "a concept whose name is a list",
+        described(concepts=[{"name": ["x"], "token": "<new2>", "class_word": "cow"}]),
+        refused=NAME,
+    ),
+    merge(
+        "a concept with another token than its row's",
+        described(concepts=[{"name": "cow", "token": "<other>", "class_word": "cow"}]),
+        refused=NAME,
+    ),
+    merge(
+        "a concept whose name is an escape",
+        described(concepts=[{"name": "\x1b[31m", "token": "<new2>", "class_word": "cow"}]),
+        refused=NAME,
+    ),
+    merge(
+        "a class word too long",
+        described(concepts=[{"name": "cow", "token": "<new2>", "class_word": "very " * 200}]),
+        refused=NAME,
+    ),
+    merge(
+        "a class word with braces",
+        described(concepts=[{"name": "cow", "token": "<new2>", "class_word": "{0.__class__}"}]),
+        refused=NAME,
+        right=is_whole,
+    ),
     merge("a kind that is unknown", described(kind="other"), refused=NAME),
     merge("a kind that is a list", described(kind=["x"]), refused=NAME),
     merge("a method that changes more", described(method="dreambooth"), refused=NAME, right=accepted),
     merge("no description", lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {}), refused=NAME),
-    merge("a description that is no JSON", lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "{"}), refused=NAME),
-    merge("a description that is a list", lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "[]"}), refused=NAME),
-    merge("a description that is nested", lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "[" * 100_000}), refused=NAME),
-]  # fmt: skip
+    merge(
+        "a description that is no JSON",
+        lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "{"}),
+        refused=NAME,
+    ),
+    merge(
+        "a description that is a list",
+        lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "[]"}),
+        refused=NAME,
+    ),
+    merge(
+        "a description that is nested",
+        lambda: save_weights("b.safetensors", concept_weights(token="<new2>"), {"polyconcept": "[" * 100_000}),
+        refused=NAME,
+    ),
+]
 FILES = [
     merge("an empty file", raw(b""), refused=NAME),
     merge("text", raw("hello"), refused=NAME),
@@ -230,15 +316,39 @@ FILES = [
     merge("a header that is no JSON", raw(header("hello")), refused=NAME),
     merge("a header that is a list", raw(header("[]")), refused=NAME),
     merge("a header that is nested", raw(header("[" * 100_000)), refused=NAME),
-    merge("a tensor of 80 GB that is not there", raw(header({"delta.x": {"dtype": "F32", "shape": [20_000_000_000], "data_offsets": [0, 80_000_000_000]}})), refused=NAME),
-    merge("tensors that share bytes", raw(header({k: {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} for k in "ab"})), refused=NAME),
+    merge(
+        "a tensor of 80 GB that is not there",
+        raw(header({"delta.x": {"dtype": "F32", "shape": [20_000_000_000], "data_offsets": [0, 80_000_000_000]}})),
+        refused=NAME,
+    ),
+    merge(
+        "tensors that share bytes",
+        raw(header({k: {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} for k in "ab"})),
+        refused=NAME,
+    ),
     merge("an unknown type", raw(header({"a": {"dtype": "F7", "shape": [16], "data_offsets": [0, 64]}})), refused=NAME),
-    merge("a negative shape", raw(header({"a": {"dtype": "F32", "shape": [-16], "data_offsets": [0, 64]}})), refused=NAME),
+    merge(
+        "a negative shape", raw(header({"a": {"dtype": "F32", "shape": [-16], "data_offsets": [0, 64]}})), refused=NAME
+    ),
     merge("rank-one factors that claim 80 GB", _rank_one, refused=NAME),
     merge("a pickle in its place", _pickled(NAME, Pickled()), refused=NAME),
     merge("a pickled .bin", _pickled("b.bin", Pickled()), "a.safetensors", "b.bin", *ARGUMENTS[2:], refused="b.bin"),
-    merge("a file that torch saved", lambda: torch.save({"x": torch.ones(3)}, "b.pt"), "a.safetensors", "b.pt", *ARGUMENTS[2:], refused="b.pt"),
-    merge("a file that torch saved, with code", lambda: torch.save(Pickled(), "b.bin"), "a.safetensors", "b.bin", *ARGUMENTS[2:], refused="b.bin"),
+    merge(
+        "a file that torch saved",
+        lambda: torch.save({"x": torch.ones(3)}, "b.pt"),
+        "a.safetensors",
+        "b.pt",
+        *ARGUMENTS[2:],
+        refused="b.pt",
+    ),
+    merge(
+        "a file that torch saved, with code",
+        lambda: torch.save(Pickled(), "b.bin"),
+        "a.safetensors",
+        "b.bin",
+        *ARGUMENTS[2:],
+        refused="b.bin",
+    ),
     merge("nothing there", lambda: os.unlink(NAME), refused=NAME),
     merge("a folder", _special(os.mkdir), refused=NAME),
     merge("a FIFO", _special(os.mkfifo), refused=NAME),
@@ -250,7 +360,7 @@ FILES = [
     merge("diffusers' custom-diffusion file without a token", _dense, refused=NAME, right=accepted),
     merge("a textual inversion alone", lambda: save_file({"<new2>": torch.ones(64)}, NAME), refused=NAME),
     merge("no files", lambda: None, *ARGUMENTS[2:], refused="weights|concepts"),
-]  # fmt: skip
+]
 CAPTIONS = [
     merge("no captions", lambda: os.unlink("captions.txt"), refused="captions.txt"),
     merge("empty captions", raw("", "captions.txt"), refused="captions.txt"),
@@ -262,8 +372,10 @@ CAPTIONS = [
     merge("a caption of 1 MB", raw("very " * 200_000, "captions.txt"), right=is_whole, refused="captions.txt"),
     merge("a folder as captions", _special(os.mkdir, "captions.txt"), refused="captions.txt"),
     merge("a FIFO as captions", _special(os.mkfifo, "captions.txt"), refused="captions.txt"),
-    merge("/dev/zero as captions", _special(lambda n: os.symlink("/dev/zero", n), "captions.txt"), refused="captions.txt"),
-]  # fmt: skip
+    merge(
+        "/dev/zero as captions", _special(lambda n: os.symlink("/dev/zero", n), "captions.txt"), refused="captions.txt"
+    ),
+]
 
 
 def out(name: str, spoil: Callable[[], Any], place: str, *more: str, **expected: Any) -> Case:
@@ -278,7 +390,14 @@ PLACES = [
     out("out is the captions", lambda: None, "captions.txt", refused="captions.txt"),
     out("out is the sums", lambda: None, "sums.safetensors", "--sums", "sums.safetensors", refused="sums.safetensors"),
     out("out is a folder", lambda: os.mkdir("o"), "o", refused="o"),
-    out("out is in a folder that is not there", lambda: None, "gone/out.safetensors", refused="gone", right=lambda s: is_whole(s, "gone/out.safetensors"), writes=("gone",)),
+    out(
+        "out is in a folder that is not there",
+        lambda: None,
+        "gone/out.safetensors",
+        refused="gone",
+        right=lambda s: is_whole(s, "gone/out.safetensors"),
+        writes=("gone",),
+    ),
     out("out is a file's inside", lambda: None, "captions.txt/out.safetensors", refused="captions.txt"),
     out("out is empty", lambda: None, "", refused="--out|out"),
     out("out has NUL", lambda: None, "a\0b", refused="out|a"),
@@ -289,17 +408,37 @@ PLACES = [
     out("sums are the captions", lambda: None, OUT, "--sums", "captions.txt", refused="captions.txt"),
     out("sums with the hard form", lambda: None, OUT, "--sums", "sums.safetensors", "--form", "hard", refused="sums"),
     out("a removal without sums", lambda: None, OUT, "--remove", "a.safetensors", refused="sums|remove"),
-    out("a removal of what is not merged", lambda: None, OUT, "--sums", "sums.safetensors", "--remove", "a.safetensors", refused="a.safetensors"),
+    out(
+        "a removal of what is not merged",
+        lambda: None,
+        OUT,
+        "--sums",
+        "sums.safetensors",
+        "--remove",
+        "a.safetensors",
+        refused="a.safetensors",
+    ),
     out("an unknown form", lambda: None, OUT, "--form", "medium", refused="medium"),
     out("an unknown base", lambda: None, OUT, "--base", "./gone", refused="gone"),
-]  # fmt: skip
+]
 
 
-def sample(name: str, *arguments: str, spoil: Callable[[], Any] = lambda: None, refused: str | tuple[str, ...] = (), right: Check | None = None, weights: str = "a.safetensors", prompt: str = "photo of a <new1> bus", out: str = "out.png") -> Case:
+def sample(
+    name: str,
+    *arguments: str,
+    spoil: Callable[[], Any] = lambda: None,
+    refused: str | tuple[str, ...] = (),
+    right: Check | None = None,
+    weights: str = "a.safetensors",
+    prompt: str = "photo of a <new1> bus",
+    out: str = "out.png",
+) -> Case:
     def give():
         _good()
         spoil()
-        options = {"--steps": "1", "--count": "1", "--out": out} | dict(zip(arguments[::2], arguments[1::2], strict=True))
+        options = {"--steps": "1", "--count": "1", "--out": out} | dict(
+            zip(arguments[::2], arguments[1::2], strict=True)
+        )
         return lambda: polyconcept("sample", weights, prompt, *[word for pair in options.items() for word in pair])
 
     return Case(f"sample: {name}", give, words(refused), right, writes=("out",) if right else None)
@@ -326,7 +465,12 @@ SAMPLES = [
     sample("out is no picture", out="a.safetensors", refused="--out"),
     sample("out is in no folder", out="gone/out.png", refused="gone"),
     sample("out is a folder", out="o.png", spoil=lambda: os.mkdir("o.png"), refused="o.png"),
-    sample("out is a link to the weights", out="out.png", spoil=lambda: os.symlink("a.safetensors", "out.png"), refused="out.png"),
+    sample(
+        "out is a link to the weights",
+        out="out.png",
+        spoil=lambda: os.symlink("a.safetensors", "out.png"),
+        refused="out.png",
+    ),
     sample("out is a FIFO", out="o.png", spoil=lambda: os.mkfifo("o.png"), refused="o.png"),
     sample("a seed of 2^64", "--seed", str(2**64), refused="seed"),
     sample("a seed of 2^64 - 1", "--seed", str(2**64 - 1), refused="seed", right=drawn),
@@ -344,14 +488,31 @@ SAMPLES = [
     sample("another base's weights", weights="b.safetensors", spoil=described(base="0" * 16), refused="b.safetensors"),
     sample("no base", weights="b.safetensors", spoil=described(base=""), refused="b.safetensors"),
     sample("NaN", weights="b.safetensors", spoil=tensor(_nan), refused=("b.safetensors", "NaN|finite")),
-    sample("a layer of another shape", weights="b.safetensors", spoil=tensor(lambda t: t[:-1]), refused="b.safetensors"),
-    sample("complex numbers", weights="b.safetensors", spoil=all_tensors(lambda t: t.to(torch.complex64)), refused="b.safetensors"),
-    sample("a row of another width", weights="b.safetensors", spoil=changed(lambda m: m["tensors"].update({"token.0.<new2>": torch.ones(3)})), refused="b.safetensors"),
+    sample(
+        "a layer of another shape", weights="b.safetensors", spoil=tensor(lambda t: t[:-1]), refused="b.safetensors"
+    ),
+    sample(
+        "complex numbers",
+        weights="b.safetensors",
+        spoil=all_tensors(lambda t: t.to(torch.complex64)),
+        refused="b.safetensors",
+    ),
+    sample(
+        "a row of another width",
+        weights="b.safetensors",
+        spoil=changed(lambda m: m["tensors"].update({"token.0.<new2>": torch.ones(3)})),
+        refused="b.safetensors",
+    ),
     sample("rank-one factors that claim 80 GB", weights="b.safetensors", spoil=_rank_one, refused="b.safetensors"),
-    sample("a token that the base knows beside a new one", weights="b.safetensors", spoil=changed(lambda m: m["tensors"].update({"token.0.cat": m["tensors"]["token.0.<new2>"] * 3})), refused=("b.safetensors", "cat")),
+    sample(
+        "a token that the base knows beside a new one",
+        weights="b.safetensors",
+        spoil=changed(lambda m: m["tensors"].update({"token.0.cat": m["tensors"]["token.0.<new2>"] * 3})),
+        refused=("b.safetensors", "cat"),
+    ),
     sample("text", weights="b.safetensors", spoil=raw("hello"), refused="b.safetensors"),
     sample("a pickle", weights="b.safetensors", spoil=_pickled("b.safetensors", Pickled()), refused="b.safetensors"),
-]  # fmt: skip
+]
 
 
 def twice() -> Callable[[], tuple[bytes, bytes]]:
