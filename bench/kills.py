@@ -33,6 +33,7 @@ import atexit
 import collections
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -556,13 +557,15 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
     shutil.copytree(batch.made, place, dirs_exist_ok=True)
     plan = make_plan(load_batch(place / "batch.yaml"))
     trainings = plan.of("train")
-    backbone = _backbone(trainings[0].places["base"], torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # bars
+        backbone = _backbone(trainings[0].places["base"], torch.float32)
 
     def teach(folder: Path) -> None:
         store = Store(str(folder / "out/store"))
         members = [_member(stage, store) for stage in trainings]
         of = {id(member): stage.name for member, stage in zip(members, trainings, strict=True)}
-        (folder / "weights").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "weights", ignore_errors=True)
+        (folder / "weights").mkdir()
         for member, result in train(backbone, members):
             result.save(folder / "weights" / f"{of[id(member)]}.safetensors")
         shutil.rmtree(store.local / ".scratch")
@@ -587,6 +590,35 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
         (folder / "out/releases/latest.json").write_text('{\n "version": "v0001"\n}\n')
 
     yield Act("end of the retraining", after_first_night, bring_up_to_date)
+
+
+def crash_points(work: Path, place: Path, jobs: tuple[Job, Job], tally: Tally, seconds: float, seed: int) -> None:
+    """Let all acts die everywhere. In a process of its own, as the model is loaded: runs are forked off one that has
+    computed nothing."""
+    answer = work / "answer.json"
+    pid = os.fork()
+    if pid:
+        if os.waitpid(pid, 0)[1]:
+            raise RuntimeError("the crash points ended by themselves")
+        for name, value in json.loads(answer.read_text()).items():
+            setattr(tally, name, collections.Counter(value) if name == "said" else value)
+        return
+    code = 1
+    try:
+        shutil.rmtree(place)
+        place.mkdir()
+        acts = [(act, work / "crash") for act in small_acts(work)] + [(act, place) for act in large_acts(*jobs, place)]
+        until = time.monotonic() + seconds
+        for number, (act, folder) in enumerate(acts):
+            share = (until - time.monotonic()) / (len(acts) - number)
+            crash_everywhere(act, folder, tally, random.Random(f"{seed} {number}"), time.monotonic() + share)
+        answer.write_text(json.dumps(vars(tally)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 
 
 # --- kills ---------------------------------------------------------------------------------------------
@@ -704,7 +736,7 @@ class Run:
     def stage(self) -> str:
         """What its workers are at, or else its last file operation."""
         titles = [title for title in self.processes().values() if title.startswith("ray::")]
-        tasks = [title[5:] for title in titles if not re.match(r"ray::(IDLE|Board)", title)]
+        tasks = [title[5:] for title in titles if not re.match(r"ray::(IDLE|Board|\w+Agent$)", title)]
         last = self.operations()[-1:]
         what = "; ".join(sorted(tasks)) or ("between stages" if titles else "no Ray")
         return f"{what}, last {' '.join(last[0].split()[1:]) if last else 'nothing'}"
@@ -797,7 +829,7 @@ module.watch()
                 self.keep(run, "traceback")
             if killed == before and code != 0:
                 failed += 1
-                self.tally.found("exits", f"{job.name} {self.tally.kills}", f"started again: {code}: {text[-300:]!r}")
+                self.tally.found("exits", f"{job.name} {self.tally.kills}", f"started again: {code}: {text[-200:]!r}")
                 self.keep(run, "exit")
             for path in self.place.glob("out/store/*/*/manifest.json"):
                 info = path.stat()
@@ -927,7 +959,9 @@ def _checkpoints(operations: list[str]) -> collections.Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="time given (default: 60)")
-    parser.add_argument("--kills", type=int, default=10**6, help="stop after so many (default: when time is up)")
+    parser.add_argument(
+        "--kills", type=int, default=10**6, help="stop after so many (default: when time is up); 0: crash points"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -936,11 +970,8 @@ def main() -> None:
     os.environ |= {"RAY_worker_niceness": "0"}  # Ray's workers stand back behind everything else by default
     os.environ.pop("RAY_ADDRESS", None)
     sys.path[0] = str(ROOT)  # this folder has modules of the packages' names
-    import torch
-
     import ray_jobs.retrain  # noqa: F401 (what runs are forked with)
 
-    torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="k-"))  # short: the names of Ray's sockets have room for 107 letters
     place, tally, rng = work / "run", Tally(), random.Random(arguments.seed)
     campaign = Campaign(work, place, tally, rng)
@@ -955,12 +986,8 @@ def main() -> None:
     (retraining.start / "catalogue/cow/concept.yaml").write_text("class_word: cow\n")
     campaign.fresh(retraining)
     campaign.undisturbed(retraining)
-    time_for_points = time.monotonic() + (end - time.monotonic()) / 4
-    for act in small_acts(work):
-        crash_everywhere(act, work / "crash", tally, rng, time_for_points)
-    shutil.rmtree(place)
-    for act in large_acts(batch, retraining, place):
-        crash_everywhere(act, place, tally, rng, time_for_points)
+    share = (end - time.monotonic()) / (4 if arguments.kills else 1)
+    crash_points(work, place, (batch, retraining), tally, share, arguments.seed)
     while time.monotonic() < end and tally.kills < arguments.kills:
         campaign.chain(rng.choice([batch, retraining]), end, arguments.kills)
     for said, count in tally.said.most_common():
