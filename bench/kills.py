@@ -328,6 +328,15 @@ def _a_day_later(folder: Path) -> None:
         os.utime(path, (0, time.time() - 2 * 86_400))
 
 
+def _remove_old(folder: Path) -> None:
+    """What people do about a job's leftovers."""
+    from pipeline.release.versions import gc
+
+    _a_day_later(folder)
+    if any((folder / "out/releases").glob("v*")):
+        gc(str(folder / "out/releases"))
+
+
 def _ranked(made: Snapshot) -> Snapshot:
     """With versions numbered without gaps."""
     numbers = sorted({match[0] for name in made if (match := re.search(r"\bv\d{4}\b", name))})
@@ -576,7 +585,7 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
         run(load_batch(folder / "batch.yaml"))
 
     report = ("out/report.html", "out/summary.json")
-    yield Act("end of the batch", prepare(batch, "out/releases", *report), finish)
+    yield Act("end of the batch", prepare(batch, "out/releases", *report), finish, clean=_remove_old)
 
     def bring_up_to_date(folder: Path) -> None:
         asked = load_retraining(folder / "retrain.yaml").model_copy(update={"lease": 0.5})
@@ -589,7 +598,7 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
         prepare_night(folder)
         (folder / "out/releases/latest.json").write_text('{\n "version": "v0001"\n}\n')
 
-    yield Act("end of the retraining", after_first_night, bring_up_to_date)
+    yield Act("end of the retraining", after_first_night, bring_up_to_date, clean=_remove_old)
 
 
 def crash_points(work: Path, place: Path, jobs: tuple[Job, Job], tally: Tally, seconds: float, seed: int) -> None:
@@ -846,6 +855,7 @@ module.watch()
             if count > job.checkpoints[key] + killed:
                 self.tally.found("repeated", where, f"{count} checkpoints of {key}, of {job.checkpoints[key]}")
         if code == 0:
+            _remove_old(self.place)
             self.tally.compare(where, self.state(), job.expected)
         print(f"{job.name}: ended with {code} after {killed} kills", flush=True)
 
