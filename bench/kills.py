@@ -221,7 +221,10 @@ class Tally:
             elif name not in made:
                 self.found("differing", where, f"{name}: missing")
             elif made[name] != expected[name]:
-                self.found("differing", where, f"{name}: another content")
+                a, b = made[name], expected[name]
+                both = isinstance(a, dict) and isinstance(b, dict)
+                keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)) if both else ["content"]
+                self.found("differing", where, f"{name}: another {', '.join(keys)}")
 
 
 # --- crash points --------------------------------------------------------------------------------------
@@ -978,6 +981,7 @@ def main() -> None:
     end = began + 60 * arguments.minutes
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_DISABLE_USAGE_STATS": "1"}
     os.environ |= {"RAY_worker_niceness": "0"}  # Ray's workers stand back behind everything else by default
+    os.environ |= {"GIT_COMMIT": "kills"}  # manifests have it, and somebody may work here meanwhile
     os.environ.pop("RAY_ADDRESS", None)
     sys.path[0] = str(ROOT)  # this folder has modules of the packages' names
     import ray_jobs.retrain  # noqa: F401 (what runs are forked with)
