@@ -136,7 +136,8 @@ def test_searches_deeper_past_duplicates(tmp_path: Path) -> None:
 
 def test_nsfw_and_block_list(tmp_path: Path) -> None:
     columns = {"caption": list("abcd"), "nsfw": [0.1, 0.9, None, 0.2], "sha256": ["x", "y", "z", "bad"]}
-    assert choose(tmp_path, columns, 9, max_nsfw=0.5, blocked_sha256=["bad"]) == ["http://a/0"]
+    for blocked in ("bad", "BAD"):
+        assert choose(tmp_path / blocked, columns, 9, max_nsfw=0.5, blocked_sha256=[blocked]) == ["http://a/0"]
 
 
 def test_by_clip_and_all_classes_at_once(clip: ClipModel, tmp_path: Path) -> None:
