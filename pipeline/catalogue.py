@@ -10,6 +10,7 @@ are those of a batch's concept, but for `name` and `images`.
 from __future__ import annotations
 
 import posixpath
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -24,6 +25,8 @@ from training.methods.method import RARE_WORDS
 CARD = "concept.yaml"
 CARDS = (CARD, "concept.yml")
 """Names of a card, in any case."""
+MEANT = re.compile(r"concept.*(ya?ml|json|toml)", re.IGNORECASE)
+"""Names that may be meant as a card's: `concept.yaml.txt`, `concepts.yaml`."""
 
 
 def read_catalogue(asked: Retraining, released: Collection[str] = ()) -> tuple[list[Concept], dict[str, str]]:
@@ -50,7 +53,7 @@ def read_catalogue(asked: Retraining, released: Collection[str] = ()) -> tuple[l
             if card:
                 concepts.append(_read(card, asked))
                 cards[folder.name] = card
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems[folder.name] = str(error)
     ordered = sorted(concepts, key=lambda concept: concept.name not in released)
     for second, (first, what, word) in doubles(ordered).items():
@@ -68,7 +71,7 @@ def _card(folder: Path) -> Path | None:
 
     Raises: ValueError for two, or a file that may be meant as one: a card that is not seen retires its concept.
     """
-    files = sorted(path for path in folder.iterdir() if path.name.lower().startswith("concept."))
+    files = sorted(path for path in folder.iterdir() if MEANT.match(path.name))
     cards = [path for path in files if path.name.lower() in CARDS]
     if len(cards) > 1:
         raise ValueError(f"{folder}: {' and '.join(path.name for path in cards)} are there; keep one")

@@ -19,7 +19,7 @@ from pipeline.reading import LONGEST_NAME, shown
 from training.methods.method import Method
 
 KEYS = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir", "prompt_filename")
-ARTICLE = r"(?:an?|the)\s+"
+ARTICLE = r"(?:an?|the)(?:\s+|$)"
 PHOTO = "photo|photograph|picture|image|pic"
 ART = "painting|drawing|rendering|rendition|illustration|portrait|sketch|shot"
 FRAME = re.compile(

@@ -12,6 +12,15 @@ from pipeline.reading import MOST_LETTERS, Written, shown
 
 MOST_MISTAKES = 20
 """That one message names."""
+EXPECTED = {
+    **dict.fromkeys(("model_type", "dict_type"), "expected a mapping"),
+    **dict.fromkeys(("string_type", "string_unicode"), "expected text"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "expected a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false"),
+    "tuple_type": "expected a list",
+}
+"""What pydantic says in a programmer's words."""
 
 
 def explain(error: ValidationError, root: type[BaseModel], file: str = "", written: Written | None = None) -> list[str]:
@@ -33,7 +42,7 @@ def explain(error: ValidationError, root: type[BaseModel], file: str = "", writt
         elif item["type"] == "missing":
             message = "missing"
         elif item["type"] != "value_error":
-            message = "expected a mapping" if item["type"] == "model_type" else message
+            message = EXPECTED.get(item["type"], message)
             is_word = node and known == len(keys) and node.text and not isinstance(item["input"], str)
             value = f", found {node.text[:MOST_LETTERS] if node and is_word else shown(item['input'])}"
         messages, _ = found.setdefault(f"{where}{key}: " if key else where, ([], value))

@@ -172,7 +172,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
         raise UnusableConcepts({name: f"{places[name]}: {problem}" for name, problem in problems.items()})
 
     index = None
-    blocked = _blocked(batch.at(retrieval.block_list))
+    blocked = read_block_list(batch.at(retrieval.block_list))
     if blocked:
         notes.append(f"{retrieval.block_list}: {len(blocked)} images are never used")
     clip_place = clip_path(retrieval.clip, batch.folder)
@@ -504,7 +504,7 @@ SUM = re.compile(
 )
 
 
-def _blocked(path: str) -> list[str]:
+def read_block_list(path: str) -> list[str]:
     """The sha256 sums of a block list, in lower case; lines that begin with `#` are comments.
 
     Raises: ValueError naming the line that holds no sum.

@@ -143,7 +143,8 @@ def parse_written(text: str | bytes, where: str, *, is_json: bool) -> Written:
         raise ValueError(f"{where}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
+        line = min(mark.line, text.count("\n")) + 1 if mark else 1  # what is missing at the end is not a line further
+        raise ValueError(f"{where}:{line}: not valid YAML: {error.problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"{where}:{line}: not valid YAML: {error.reason}") from None

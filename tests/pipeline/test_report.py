@@ -89,7 +89,9 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     place = [str(tmp_path / "images")]
     cat = Concept(name="cat", images=place, class_word=f"cat {EVIL}")
     evil = Concept.model_construct(name=f"evil {EVIL}", images=tuple(place), class_word="dog", token="<new2>")
-    batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"composition": composition})
+    batch = ConceptBatch(
+        name="demo", store="s3://KEY:pass/word@b/st", concepts=(cat, evil), training={"composition": composition}
+    )
     store = Store(str(tmp_path / "store"))
     stages = []
 
@@ -236,6 +238,7 @@ def test_the_page_stands_alone_and_says_everything(tmp_path: Path, composition: 
     assert ("Identity" in page) == identity
     assert "3 of 5 images: all 5 candidates are used up" in page
     assert "+5.2 s.e." in re.sub("<[^>]*>", "", page)
+    assert "pass/word" not in page and "s3://***@b/st" in page
     assert "in the snow" in page and RELEASE in page and "7.5% of the concepts" in page
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.release.publish import remove
 from pipeline.store import MANIFEST, Store, checksums
 
 
@@ -54,6 +55,20 @@ def test_remote_artifact_comes_to_another_machine(tmp_path):
         (out / "m.bin").write_bytes(b"123")
     other = Store(url, cache=tmp_path / "two")
     assert (other.path("merge", "k") / "m.bin").read_bytes() == b"123"
+
+
+def test_brackets_in_a_name_are_no_pattern(bucket, tmp_path):
+    """Neither is what a pattern would find touched."""
+    for name in ("st[1]", "st1"):
+        with Store(f"{bucket}/{name}", cache=tmp_path / f"{name} one").create("merge", "k", {}) as out:
+            (out / "sub").mkdir()
+            (out / "sub" / "m.bin").write_bytes(name.encode())
+    other = Store(f"{bucket}/st[1]", cache=tmp_path / "two")
+    assert (other.path("merge", "k") / "sub" / "m.bin").read_bytes() == b"st[1]"
+    assert checksums(other.path("merge", "k")) == other.manifest("merge", "k")["files"]
+    remove(other.fs, f"{other.base}/merge/k")
+    other.fs.invalidate_cache()
+    assert not other.has("merge", "k") and Store(f"{bucket}/st1", cache=tmp_path / "three").has("merge", "k")
 
 
 def test_scratch_outlives_a_failure_and_goes_with_success(store):

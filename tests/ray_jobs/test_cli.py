@@ -357,6 +357,26 @@ def test_a_storage_without_a_key(tmp_path, capsys, monkeypatch):
     assert code == 2 and "Unable to locate credentials" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("plan", "batch.yaml", "--output", "s3://b/x"), "--output: report and summary go to a local folder"),
+        (("run", "batch.yaml", "--output", ""), "--output: report and summary go to a local folder"),
+        (("report", "batch.yaml", "--output=s3:"), "--output: 's3:' is no URL; write s3://"),
+        (("publish", "cat", "s3://"), "'s3://' names no bucket or host; is a variable empty?"),
+        (("publish", "cat", ""), "no folder or URL is named; is a variable empty?"),
+        (("release", "list", "s3:///releases"), "'s3:///releases' names no bucket or host"),
+        (("release", "verify", "s4://me:pw@b"), "'s4://***@b' is on no storage that is known: 's4'"),
+    ],
+)
+def test_options_are_checked_like_the_file(batch, tmp_path, capsys, options, message):
+    batch()
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*options, capsys=capsys)
+    assert code == 2 and message in err and "pw" not in out + err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_signing_key_is_looked_at_first(batch, tmp_path, capsys):
     code, _, err = run("run", str(batch(publish={"signing_key": "none.pem"})), capsys=capsys)
     assert code == 2 and "none.pem: no private key that can be read" in err

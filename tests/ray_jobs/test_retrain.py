@@ -312,7 +312,7 @@ def test_bad_input(catalogue, tmp_path, capsys, change, message):
 def test_a_bad_concept_is_named(catalogue, tmp_path, capsys):
     (catalogue / "flat-turtle/concept.yaml").write_text("class_wrod: turtle\n")
     code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
-    assert code == 2 and "flat-turtle/concept.yaml: class_wrod: unknown key; did you mean 'class_word'?" in err
+    assert code == 2 and "flat-turtle/concept.yaml:1: class_wrod: unknown key; did you mean 'class_word'?" in err
     (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\nname: turtle\n")
     assert "name: given by the folder" in run("retrain", "retrain.yaml", capsys=capsys)[3]
     for name in CONCEPTS:
