@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from pipeline.evaluation.prompts import check_prompt, read_prompts
+from pipeline.release.place import plain_destination
 from training.methods import CUSTOM_DIFFUSION, METHODS
 from training.methods.method import RARE_WORDS
 
@@ -310,19 +311,19 @@ class Publish(Section):
     license_link: str = ""
     """Where that licence can be read."""
     made_by: str = ""
-    """Who is named as the maker in manifests; user and host when empty."""
+    """Who is named as the maker in manifests; nobody when empty."""
     signing_key: str = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
     @field_validator("to")
     @classmethod
-    def _versions_are_not_kept_on_the_hub(cls, value: str) -> str:
+    def _versions_can_be_kept_there(cls, value: str) -> str:
         if value.startswith("hf://"):
             raise ValueError(
                 f"the hub gets copies of releases, by `publish.hub: owner/name`; `to` is the folder or bucket they are "
                 f"kept in; found {value!r}"
             )
-        return value
+        return plain_destination(value) if value else ""
 
 
 class Settings(Section):
@@ -361,6 +362,11 @@ class Settings(Section):
                 f"retrieval.distributor: 'ray' needs a store in a folder that all nodes share; found {self.store!r}"
             )
         return self
+
+    @field_validator("store")
+    @classmethod
+    def _artifacts_can_be_kept_there(cls, value: str) -> str:
+        return plain_destination(value) if value else ""
 
     @field_validator("output")
     @classmethod
@@ -492,7 +498,7 @@ class Retraining(Settings):
     catalogue: str = Field(min_length=1)
     """Folder or URL with a folder for each concept: its images and a `concept.yaml`."""
     gate: Gate = Gate()
-    lease: float = Field(600, ge=5)
+    lease: float = Field(600, ge=5, le=86_400)
     """Seconds after which a run that died no longer keeps others out; a living one renews its lease meanwhile."""
 
     @model_validator(mode="after")

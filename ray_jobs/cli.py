@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -41,8 +42,11 @@ def run(batch_file: BatchFile, output: Output = None) -> None:
     from ray_jobs.concept_batch import run as run_batch
 
     outcome = run_batch(_load(batch_file, output))
-    _print_summary(outcome.summary)
-    print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
+    made = f"made release {outcome.release}"
+    if outcome.report:
+        _print_summary(outcome.summary)
+        made += f", report {outcome.report}, figures {outcome.report.parent / 'summary.json'}"
+    print(made)
     if outcome.failures:
         for failure in outcome.failures:
             print(f"left out: {failure}", file=sys.stderr)
@@ -323,12 +327,13 @@ def publish(
 ) -> None:
     """Publish a prepared folder as the next version, whole or not at all; or copy a release to the Hugging Face hub."""
     from pipeline.release.hub import SCHEME, push
+    from pipeline.release.place import plain_place
     from pipeline.release.publish import publish as publish_folder
 
     if destination.startswith(SCHEME):
         print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
         return
-    info = publish_folder(Path(folder), destination, signing_key=signing_key)
+    info = publish_folder(Path(plain_place(folder)), destination, signing_key=signing_key)
     print(f"{'made release' if info.created else 'the same content is there already as'} {info.url}")
 
 
@@ -438,6 +443,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
     of ours is a traceback and exit code 2, too: 1 says that something was released."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     # of products of 4-bit matrices, of which there are none
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
