@@ -94,7 +94,9 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
     places: dict[str, str] = {}
     if base["digest"] != next(iter(stages.values()))["merged"].params["base"]:
         places["base"] = base_path(base["name"], plan.batch.folder)
-        if base_digest(places["base"]) != base["digest"]:
+        # a folder's name without where it lay: nothing to ask the hub for
+        is_unknown = base["name"] != "miniature" and "/" not in base["name"]
+        if is_unknown or base_digest(places["base"]) != base["digest"]:
             raise ValueError(
                 f"{release}: its base model {base['name']!r} is another by now; to go on without a comparison, publish "
                 "to another place, or by `polyconcept run`"

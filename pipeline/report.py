@@ -251,7 +251,8 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(page, encoding="utf-8")
+    # of names of files that are no UTF-8 the bytes are shown
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 

@@ -31,6 +31,7 @@ from pipeline.evaluation.prompts import check_prompt, read_prompts
 from pipeline.mistakes import explain, kinds_of
 from pipeline.places import check_place, is_path, located, masked
 from pipeline.reading import LONGEST_NAME, Written, read_written, shown
+from pipeline.release.place import plain_destination
 from training.methods import CUSTOM_DIFFUSION, METHODS
 from training.methods.method import RARE_WORDS
 from training.tokens import spelling
@@ -43,6 +44,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """As much as a column of a table holds."""
 Place = Annotated[str, AfterValidator(check_place)]
 """A folder, file, pattern or URL; see `Settings.at`."""
+Destination = Annotated[str, AfterValidator(lambda place: plain_destination(place) if place else "")]
+"""A folder or URL that is written to, or nothing."""
 
 
 def _one_line(value: str) -> str:
@@ -363,13 +366,13 @@ class Publish(Section):
     license_link: str = ""
     """Where that licence can be read."""
     made_by: str = ""
-    """Who is named as the maker in manifests; user and host when empty."""
+    """Who is named as the maker in manifests; nobody when empty."""
     signing_key: str = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
     @field_validator("to")
     @classmethod
-    def _versions_are_not_kept_on_the_hub(cls, value: str) -> str:
+    def _versions_can_be_kept_there(cls, value: str) -> str:
         if value.startswith("hf://"):
             raise ValueError(
                 f"the hub gets copies of releases, by `publish.hub: owner/name`; `to` is the folder or bucket they are "
@@ -397,7 +400,7 @@ class Settings(Section):
     output: Annotated[str, AfterValidator(local_folder)] = "runs/{name}"
     """Where the store, report and releases are: alone of all places relative to the working directory, not to the
     file."""
-    store: Place = ""
+    store: Destination = ""
     """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
     retrieval: Retrieval = Retrieval()
     training: Training = Training()
@@ -581,7 +584,7 @@ class Retraining(Settings):
     catalogue: Place = Field(min_length=1)
     """Folder or URL with a folder for each concept: its images and a `concept.yaml`."""
     gate: Gate = Gate()
-    lease: float = Field(600, ge=5)
+    lease: float = Field(600, ge=5, le=86_400)
     """Seconds after which a run that died no longer keeps others out; a living one renews its lease meanwhile."""
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
 from pipeline.release.formats import write_formats, write_whole
+from pipeline.release.manifest import public
 from pipeline.sampling import draw, grid
 from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
@@ -557,7 +558,7 @@ def release(work: Work) -> None:
     evaluated = {concept: measures(pd.concat(parts)) for concept, parts in tables.items()}
     _stacked(strips).save(work.out / "samples.png")
     merge_report = json.loads((work.input("merge") / "report.json").read_text())
-    for name, content in (("spec", params["spec"]), ("measures", evaluated), ("merge", merge_report)):
+    for name, content in (("spec", public(params["spec"])), ("measures", evaluated), ("merge", merge_report)):
         (work.out / f"{name}.json").write_text(json.dumps(content, indent=1))
     cards = [
         CardConcept(

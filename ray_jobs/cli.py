@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import math
@@ -68,9 +69,11 @@ def run(
     batch = _load(batch_file, output)
     _refuse_overwriting(_results(batch.output_path), [batch_file])
     outcome = run_batch(batch, limits)
-    _print_summary(outcome.summary)
-    release, figures = masked(outcome.release), outcome.report.parent / "summary.json"
-    print(f"made release {release}, report {outcome.report}, figures {figures}")
+    made = f"made release {masked(outcome.release)}"
+    if outcome.report:
+        _print_summary(outcome.summary)
+        made += f", report {outcome.report}, figures {outcome.report.parent / 'summary.json'}"
+    print(made)
     if outcome.hub:
         print(f"it is at {outcome.hub}")
     if outcome.failures:
@@ -369,6 +372,7 @@ def publish(
 ) -> None:
     """Publish a prepared folder as the next version, whole or not at all; or copy a release to the Hugging Face hub."""
     from pipeline.release.hub import SCHEME, push
+    from pipeline.release.place import plain_place
     from pipeline.release.publish import publish as publish_folder
 
     if destination.startswith(SCHEME):
@@ -376,7 +380,7 @@ def publish(
         return
     if "://" not in destination:
         _refuse_overwriting({"destination": Path(destination)}, [folder])
-    info = publish_folder(Path(folder), destination, signing_key=signing_key)
+    info = publish_folder(Path(plain_place(folder)), destination, signing_key=signing_key)
     print(f"{'made release' if info.created else 'the same content is there already as'} {masked(info.url)}")
 
 
@@ -525,6 +529,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
     of ours is a traceback and exit code 2, too; Ctrl-C and a signal to end are a message and 128 and their number."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     # of products of 4-bit matrices, of which there are none
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]  # not nohup's

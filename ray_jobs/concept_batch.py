@@ -10,13 +10,11 @@ import collections
 import contextlib
 import enum
 import functools
-import getpass
 import importlib.metadata
 import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +37,7 @@ from pipeline.estimate import Device, pack_size, stage_bytes
 from pipeline.places import masked
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
 from pipeline.release.hub import push
+from pipeline.release.manifest import public
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
@@ -96,11 +95,11 @@ class StageFailed(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made. failures: what went wrong with the concepts that were left out (`merge.partial`); hub: the
-    release's place there, where `publish.hub` asks for it."""
+    """What a run made. report: None, and no summary, when they could not be written. failures: what went wrong with the
+    concepts that were left out (`merge.partial`); hub: the release's place there, where `publish.hub` asks for it."""
 
     release: str
-    report: Path
+    report: Path | None
     summary: dict[str, Any]
     failures: tuple[str, ...] = ()
     hub: str = ""
@@ -125,7 +124,13 @@ def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
     last = plan.stages[-1]
     folder = store.path(last.kind, last.key)
     release = publish(folder, batch.release_url, provenance(plan, store), batch.signing_key)
-    report, figures = write_results(plan, store, release.url)
+    report: Path | None = None
+    figures: dict[str, Any] = {}
+    try:
+        report, figures = write_results(plan, store, release.url)
+    except Exception as error:  # of every kind: the release is there, and its run has not failed
+        print(f"note: released, but the report was not written: {masked(str(error))}", file=sys.stderr)
+        print("note: `polyconcept report` writes it again", file=sys.stderr)
     hub = push_release(batch, release.url)
     return Outcome(release.url, report, figures, (*failures.values(), *failed), hub)
 
@@ -215,9 +220,9 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
     evaluated = json.loads((store.path(last.kind, last.key) / "measures.json").read_text())
     merged = {name: models["merged"] for name, models in evaluated.items()}
     packages = ("polyconcept", "torch", "diffusers", "transformers", "open_clip_torch", "ray")
-    return {
+    facts = {
         "batch": batch.name,
-        "made_by": batch.publish.made_by or f"{_user()}@{socket.gethostname()}",
+        "made_by": batch.publish.made_by,
         "base": {"name": last.params["spec"]["base"], "digest": base_digest(batch.base_path)},
         "corpus": next((s.params["corpus"] for s in plan.of("index")), None),
         "concepts": {
@@ -236,17 +241,11 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
         "spec": last.params["spec"],
         "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
     }
+    return public(facts)
 
 
 def _means(entries: list[dict[str, float]]) -> dict[str, float]:
     return {score: float(np.mean([e[score] for e in entries])) for score in shown(entries[0])}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # containers run under numbers that have no name
-        return str(os.getuid())
 
 
 def _commit() -> str | None:

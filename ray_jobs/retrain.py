@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from pipeline.catalogue import read_catalogue
 from pipeline.gate import Verdict, baseline, judge, retention, scores_of
 from pipeline.places import masked
 from pipeline.plan import Plan
 from pipeline.release.lease import Busy, lease
-from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish, versions
+from pipeline.release.place import open_destination, plain_destination
+from pipeline.release.publish import alias_of, alias_problems, keep_candidate, manifest_of, publish, versions
 from pipeline.release.sign import signer
 from pipeline.release.versions import Version, changes, promote
 from pipeline.spec import Concept, Retraining
@@ -76,8 +75,9 @@ def retrain(asked: Retraining, wait: float = 0, limits: Limits = NO_LIMITS) -> O
 
 
 def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits) -> Outcome:
-    destination = asked.release_url.rstrip("/")
+    destination = plain_destination(asked.release_url)
     seen = _latest_alias(destination)
+    _check_signature(asked, destination, seen)
     latest, rolled_back = _published(destination, seen)
     concepts, left_out = _usable(asked, latest)
     store = Store(asked.store_url)
@@ -113,7 +113,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
     if unchanged(plan) and latest:
         if not seen:
             check()
-            promote(current)
+            promote(current, signing_key=asked.publish.signing_key)
         version = known[plan.stages[-1].key]
         event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
         log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
@@ -134,7 +134,10 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
     release = publish(folder, destination, facts, asked.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
-    write_results(plan, store, release.url)
+    try:
+        write_results(plan, store, release.url)
+    except Exception as error:  # of every kind: the release is there, and its run has not failed
+        log.warning("report not written", extra={"error": str(error)})
     _push(asked, release.url)
     return Outcome(_exit(reasons), release.url, reasons, tuple(verdicts))
 
@@ -154,16 +157,28 @@ def _usable(asked: Retraining, latest: Version | None) -> tuple[list[Concept], d
 
 def _latest_alias(destination: str) -> dict[str, Any]:
     """What `latest.json` says now; empty when it is not there."""
-    fs, root = url_to_fs(destination)
-    fs.invalidate_cache()
+    fs, root, _ = open_destination(destination)
     return alias_of(fs, root)
+
+
+def _check_signature(asked: Retraining, destination: str, alias: dict[str, Any]) -> None:
+    """Raises: ValueError when whoever named the latest release, which the gate compares with, had not the key."""
+    key = asked.publish.signing_key
+    if not (key and alias):
+        return
+    if "signature" not in alias:  # of a time before aliases were signed, or moved without the key
+        log.warning("latest.json is not signed", extra={"version": alias["version"]})
+        return
+    fs, root, _ = open_destination(destination)
+    if problems := alias_problems(fs, root, "latest", key):
+        raise ValueError(f"{destination}: {problems[0]}; `polyconcept release promote` the right version")
 
 
 def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None, list[Version]]:
     """The latest release, and those that it was rolled back from. Where `latest.json` is missing, the newest
     whole version counts as the latest: its loss (or a first run that was killed before writing it) must not open the
     gate."""
-    fs, root = url_to_fs(destination)
+    fs, root, _ = open_destination(destination)
     if not alias:
         newest = next((name for _, name in reversed(versions(fs, root)) if manifest_of(fs, root, name)), None)
         if not newest:

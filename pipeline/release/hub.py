@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
 from pipeline.reading import read_written
-from pipeline.release.publish import MANIFEST, resolve, verify
-from pipeline.release.versions import fetch, read
+from pipeline.release.publish import MANIFEST, resolve
+from pipeline.release.versions import fetch_whole, read
 
 SCHEME = "hf://"
 
@@ -46,10 +46,8 @@ def push(release: str, repository: str) -> str:
                     "a repository of their own, or delete that tag"
                 )
         else:
-            if problems := verify(place):
-                raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot pushed")
             with tempfile.TemporaryDirectory() as scratch:
-                _commit(api, repo, fetch(place, Path(scratch)), f"Release {version}")
+                _commit(api, repo, fetch_whole(place, Path(scratch)), f"Release {version}")
             api.create_tag(repo, tag=version)
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
         raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
