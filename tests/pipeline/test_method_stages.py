@@ -16,6 +16,7 @@ from pipeline.merge.factors import MergedModel
 from pipeline.merge.files import load_change
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan, of_pair
+from pipeline.release.formats import token_files
 from pipeline.release.publish import publish, verify
 from pipeline.report import summary, write_report
 from pipeline.sampling import draw
@@ -87,7 +88,8 @@ pipe.set_progress_bar_config(disable=True)
 seeded = torch.Generator().manual_seed(0)
 image = pipe({prompt!r}, num_inference_steps=2, guidance_scale=3.0, generator=seeded).images[0]
 image.save({out!r})
-assert not [m for m in sys.modules if m.split(".")[0] in ("pipeline", "training", "retrieval", "ray_jobs")]
+ours = {{m for m in sys.modules if m.split(".")[0] in ("pipeline", "training", "retrieval", "ray_jobs")}}
+assert ours <= {{"pipeline", "pipeline.miniature"}}, ours  # where the base lies
 """
 
 
@@ -110,7 +112,7 @@ def test_released_sampled_and_measured_alike(backbone, images, tmp_path, trainin
     assert not verify(release.url)
     assert sorted(p.name for p in place.iterdir() if p.is_dir() and p.name != "comfyui") == parts
     tokens = [c.token for c in plan.batch.concepts if c.token.startswith("<")]
-    assert {f"{token}.safetensors" for token in tokens} <= {p.name for p in place.iterdir()}
+    assert set(token_files(tokens, "small").values()) <= {p.name for p in place.iterdir()}
     assert not any(str(tmp_path) in p.read_text() for p in place.rglob("*.json"))
 
     # measured and reported
@@ -131,7 +133,6 @@ def test_released_sampled_and_measured_alike(backbone, images, tmp_path, trainin
     # and diffusers alone draws the same with the card's own code
     card = (place / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].partition("\nimage = ")[0]
-    code = code.replace("BASE = 'miniature'", f"BASE = {plan.batch.base_path!r}")
     program = PROGRAM.format(code=code, prompt=prompt, out=str(tmp_path / "theirs.png"))
     done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -72,5 +72,5 @@ def test_what_is_refused(tmp_path: Path, hub: Hub) -> None:
     assert code == 2 and "Invalid credentials" in said
     Path(url, "README.md").write_text("two")
     code, said = push(url, "ours/concepts", hub)
-    assert code == 2 and "README.md: changed" in said and "not pushed" in said
+    assert code == 2 and "README.md: changed" in said and "not copied" in said
     assert not hub.repositories["ours/concepts"].commits

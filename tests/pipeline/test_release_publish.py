@@ -1,10 +1,8 @@
 import errno
-import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -286,24 +284,6 @@ def test_another_publisher_on_a_disk(
     assert (info.version, info.created, resolve(destination)) == (version, text == "two", f"{destination}/{version}")
     assert names(destination) == ["latest.json", "v0001", "v0002"][: 2 + (text == "two")]
     assert verify(destination) == verify(f"{destination}/v0001") == []
-
-
-def test_publishers_at_an_object_store_wait_for_each_other(make: Make) -> None:
-    MemoryFileSystem.store.clear()
-    with ThreadPoolExecutor(4) as pool:
-        texts = ["one", "one", "two", "one"]
-        made = list(pool.map(lambda text: publish(make(text), "memory://models/cats"), texts))
-    assert {info.version for info in made} <= {"v0001", "v0002", "v0003"}
-    versions = [info.version for info in made if info.created]
-    assert len(versions) == len(set(versions)) and all(verify(info.url) == [] for info in made)
-    # "one" after "two" is new again; beside itself it is not
-    contents = [verify_content(f"memory://models/cats/{name}") for name in sorted(versions)]
-    assert all(first != second for first, second in itertools.pairwise(contents))
-
-
-def verify_content(url: str) -> str:
-    fs, root = fsspec.core.url_to_fs(url)
-    return json.loads(fs.cat_file(f"{root}/manifest.json"))["content"]
 
 
 def test_latest_does_not_move_back_from_what_others_released_meanwhile(
