@@ -61,9 +61,7 @@ def plain_destination(place: str) -> str:
     if scheme in READ_ONLY:
         raise ValueError(f"{masked(place)}: nothing is written over HTTP; give a folder or a bucket (s3://…)")
     if is_url and scheme not in ("file", "local") and re.search(r"[*?\[\]]", path):
-        raise ValueError(
-            f"{masked(place)}: storages read *, ?, [ and ] as patterns; give a place without them"
-        )
+        raise ValueError(f"{masked(place)}: storages read *, ?, [ and ] as patterns; give a place without them")
     return place
 
 

@@ -114,13 +114,11 @@ def _odd_corpus(folder: Path) -> dict:
 
 
 def _base_without_cross_attention(folder: Path) -> dict:
-    for part in ("unet", "vae"):
-        (folder / "base" / part).mkdir(parents=True)
-    shutil.copy(MINIATURE / "model" / "model_index.json", folder / "base")
+    shutil.copytree(MINIATURE / "model", folder / "base", copy_function=os.symlink)
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "mid_block_type": None}
     config = {**blocks, "block_out_channels": [32], "sample_size": 8, "layers_per_block": 1}
+    (folder / "base" / "unet" / "config.json").unlink()
     (folder / "base" / "unet" / "config.json").write_text(json.dumps(config))
-    (folder / "base" / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
     return _other_base("base")
 
 
@@ -145,7 +143,7 @@ def _base_without_unet(folder: Path) -> dict:
             lambda _: {"base": "x/y"},
             "retrieval.corpus: 'miniature' knows only its own",
         ),
-        (lambda _: _other_base("./nowhere"), "base './nowhere': no diffusers model there"),
+        (lambda _: _other_base("./nowhere"), "nowhere': no diffusers model there"),
         (_base_without_unet, "model_index.json names no unet"),
         (lambda _: {"retrieval": {"corpus": "nothing.parquet"}}, "nothing.parquet"),
         (lambda _: {"retrieval": {"clip": "/no/clip"}}, "CLIP directory /no/clip: not there"),
@@ -175,7 +173,7 @@ def test_full_disk_and_interrupt(batch, capsys, monkeypatch):
     path = batch()
     for error, expected in ((OSError(errno.ENOSPC, "No space left on device", "/x"), 2), (KeyboardInterrupt(), 130)):
 
-        def fail(_, error=error):
+        def fail(*_, error=error):
             raise error
 
         monkeypatch.setattr(concept_batch, "run", fail)
@@ -194,7 +192,7 @@ def test_full_disk_and_interrupt(batch, capsys, monkeypatch):
 )
 def test_whatever_fails_ends_alike(batch, capsys, monkeypatch, error, message):
 
-    def fail(_):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr("ray_jobs.concept_batch.run", fail)
@@ -230,11 +228,11 @@ def test_ray_that_does_not_start(monkeypatch):
         ("merge --remove a.safetensors --captions words.txt --sums a.safetensors", "--sums a.safetensors: is read"),
         (
             "merge a.safetensors --captions words.txt --base base --out base/x",
-            "--out base/x: is in base, which",
+            "/base, which is read",
         ),
         ("sample releases prompt --out releases/v0001/samples.png", "is in releases, which is read"),
         ("sample releases/ours prompt --out releases/v0001/samples.png", "releases/v0001, which is read"),
-        ("sample a.safetensors prompt --base base --out base/x.png", "--out base/x.png: is in base, which is read"),
+        ("sample a.safetensors prompt --base base --out base/x.png", "/base, which is read"),
         ("publish base base", "destination base: is read or written"),
         ("publish base base/releases", "destination base/releases: is in base"),
         ("preference serve base --answers base/images.csv", "--answers base/images.csv: is read"),
@@ -312,7 +310,7 @@ import os, ray, psutil, sys
 import ray_jobs.concept_batch as concept_batch
 from ray_jobs.cli import main
 
-def run(batch):
+def run(*_):
     with concept_batch.ray_session():
         started = [process for process in psutil.Process().children(recursive=True)]
         own = [connection for process in started for connection in process.net_connections("inet")]
