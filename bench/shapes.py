@@ -77,7 +77,7 @@ def members(
         seed=0,
         optimizer="adamw",
         checkpoint_every=10**9,
-        sample_every=10**9,
+        sample_every=None,
     )
     prior = RegularizationFeatures(torch.randn(16, *latent), TextFeatures(torch.randn(16, *text)), [""] * 16)
     made = []

@@ -28,9 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from pipeline.plan import Plan, Stage, deepspeed_of
 from pipeline.spec import Training
 from training.attention import training_dtype, use_attention
-from training.backbone import local_model, short_name, unet_parameters
+from training.base import Base, check_base
 from training.methods import METHODS
 from training.methods.method import UNetPart
+from training.parts import short_name, unet_parameters
 
 REACHED = 0.35
 """Share of the matrix product's speed that UNet and autoencoder reach, measured on 2 CPU cores with the miniature."""
@@ -52,7 +53,6 @@ class Device:
     cuda: bool
 
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PROCESS = 0.9 * 2**30
 """Bytes of a process that has imported everything and done a step, beyond tensors; measured on the CPU."""
 AVERAGES = {"adamw": 8, "adamw8bit": 2}
@@ -165,7 +165,8 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float, cuda: bo
     process = (PROCESS + model.parameters * 4) / 2**30
     resident = model.parameters * 4 / 2**30 if cuda else process
     if stage.kind == "features":
-        views = len(stage.params["images"]) * max(1, stage.params["views"]) + plan.batch.retrieval.images
+        views = len(stage.params["images"]) * max(1, stage.params["views"])
+        views += sum(source.params["images"] for source in stage.inputs)  # of the regularisation, where there is any
         return Estimate(views * model.vae_flops / speed, resident)
     if stage.kind == "train":
         settings = stage.params["training"]
@@ -199,7 +200,7 @@ def model_size(
 
     Raises: ValueError when there is no such model.
     """
-    return _measure(local_model(base), METHODS[method].unet, train_text_encoder, gradient_checkpointing)
+    return _measure(check_base(base), METHODS[method].unet, train_text_encoder, gradient_checkpointing)
 
 
 def _size_of(plan: Plan) -> ModelSize:
@@ -240,9 +241,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_checkpointing: bool) -> ModelSize:
+def _measure(base: Base, part: UNetPart, train_text_encoder: bool, gradient_checkpointing: bool) -> ModelSize:
     def config(part: str) -> dict[str, Any]:
-        return json.loads((folder / part / "config.json").read_text())
+        return json.loads((base.folder / part / "config.json").read_text())
 
     # not on the meta device: there attention takes the form that keeps its whole matrix, which no kernel in use does
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -262,7 +263,7 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_ch
         trained = [p.requires_grad_() for name, p in unet.named_parameters() if short_name(name) in names]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(_forget_gradient)  # counted with what trains
-        text = torch.empty(1, config("text_encoder")["max_position_embeddings"], width, requires_grad=True)
+        text = torch.empty(1, base.words.tokenizers[0].model_max_length, width, requires_grad=True)
         with LiveBytes(unet.parameters()) as live:
             with FlopCounterMode(display=False, custom_mapping=fused_attention) as unet_count:
                 prediction = unet(latents, torch.ones(1), text, added_cond_kwargs=added).sample
@@ -271,8 +272,8 @@ def _measure(folder: Path, part: UNetPart, train_text_encoder: bool, gradient_ch
         with FlopCounterMode(display=False, custom_mapping=fused_attention) as vae_count, torch.no_grad():
             vae.encode(torch.empty(1, 3, pixels, pixels))
     matrices = sum(p.numel() for p in trained)
-    numbers = {name: sum(_numbers(file) for file in (folder / name).glob("*.safetensors")) for name in PARTS}
-    encoders = [file for name in PARTS[2:] for file in (folder / name).glob("*.safetensors")]
+    numbers = {name: sum(map(_numbers, files)) for name, files in base.weights.items()}
+    encoders = [file for name, files in base.weights.items() if name.startswith("text_encoder") for file in files]
     return ModelSize(
         unet_count.get_total_flops(),
         vae_count.get_total_flops(),

@@ -18,7 +18,7 @@ import pandas as pd
 from pipeline.plan import Plan, Stage, of_bare_class
 from pipeline.spec import Gate, base_path
 from pipeline.store import Store
-from training.backbone import base_digest
+from training.base import base_digest
 
 MEASURES: dict[str, Literal["concept", "overall"]] = {
     "image": "concept",
@@ -93,8 +93,10 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
     stages = plan.evaluations()
     places: dict[str, str] = {}
     if base["digest"] != next(iter(stages.values()))["merged"].params["base"]:
-        places["base"] = base_path(base["name"])
-        if base_digest(places["base"]) != base["digest"]:
+        places["base"] = base_path(base["name"], plan.batch.folder)
+        # a folder's name without where it lay: nothing to ask the hub for
+        is_unknown = base["name"] != "miniature" and "/" not in base["name"]
+        if is_unknown or base_digest(places["base"]) != base["digest"]:
             raise ValueError(
                 f"{release}: its base model {base['name']!r} is another by now; to go on without a comparison, publish "
                 "to another place, or by `polyconcept run`"

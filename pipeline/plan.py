@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.merge.constraints import row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
-from pipeline.spec import Concept, ConceptBatch, clip_path
+from pipeline.places import masked
+from pipeline.reading import read_lines, read_written, shown
+from pipeline.sampling import check_steps
+from pipeline.spec import Concept, ConceptBatch, clip_path, public_name
 from pipeline.store import Store, content_key, file_digest
 from retrieval.clip import clip_digest
-from retrieval.corpus import corpus_digest, precomputed, read_corpus
-from training.backbone import Base, base_digest, check_base
+from retrieval.corpus import check_corpus, corpus_digest, precomputed
+from training.augment import SIZE_WORDS, WHOLE_FROM
+from training.base import Base, base_digest, check_base
 from training.images import load_images
 from training.methods import METHODS
-from training.strategies import deepspeed_config, read_deepspeed_config
+from training.strategies import complete_deepspeed_config, deepspeed_config
+from training.tokens import Words
 
 VERSIONS = {
     "index": 1,
@@ -37,7 +44,7 @@ VERSIONS = {
     "released": 1,
     "evaluate": 3,
     "compose": 1,
-    "release": 3,
+    "release": 4,
 }
 """Kind -> version; raised when a stage's code makes other results from the same parameters. A kind reads only kinds
 before it."""
@@ -115,7 +122,8 @@ def of_bare_class(evaluation: Stage) -> Stage:
 def of_pair(first: Stage, second: Stage, prompts: Sequence[str]) -> Stage:
     """The model of two concepts' evaluations asked for both in one image. prompts: with `{0}` and `{1}`."""
     both = (first, second)
-    params = {key: first.params[key] for key in ("base", "clip", "judge", "model", "evaluation")}
+    shared = ("base", "safety_checker", "clip", "judge", "model", "evaluation")
+    params = {key: first.params[key] for key in shared if key in first.params}
     return Stage(
         "compose",
         f"{' and '.join(stage.params['concept'] for stage in both)}: {first.params['model']}",
@@ -139,40 +147,43 @@ def make_plan(batch: ConceptBatch) -> Plan:
     method = METHODS[training.method]
     shape = check_base(batch.base_path)
     base = {"base": base_digest(batch.base_path)}
-    notes: list[str] = []
+    # drawn without it; what was drawn when it was still on has another key
+    drawing: dict[str, Any] = base | ({"safety_checker": False} if shape.has_safety_checker else {})
+    notes = list(batch.notes)
     stages: list[Stage] = []
 
     def add(stage: Stage) -> Stage:
         stages.append(stage)
         return stage
 
+    _check_steps(batch, shape)
+    problems = _check_words(batch, shape.words)
     digests: dict[str, list[str]] = {}
-    problems: dict[str, str] = {}
-    for i, concept in enumerate(batch.concepts):
+    for concept in batch.concepts:
         try:
             images = load_images(list(concept.images))
             digests[concept.name] = images.digests
             notes += [f"{concept.name}: {note}" for note in images.notes]
             notes += [f"{concept.name}: not used: {reason}" for reason in images.rejected]
-            if concept.token and method.token == "rare":
-                shape.check_rare(concept.token)
-            elif concept.token:
-                shape.check_new(concept.token, _initializer(concept))
         except ValueError as error:
-            problems[concept.name] = f"concepts[{i}] ({concept.name}): {error}"
+            problems.setdefault(concept.name, str(error))
     if problems:
-        raise UnusableConcepts(problems)
+        places = {c.name: f"concepts[{i}] ({c.name})" for i, c in enumerate(batch.concepts)}
+        raise UnusableConcepts({name: f"{places[name]}: {problem}" for name, problem in problems.items()})
 
     index = None
-    blocked = _lines(retrieval.block_list)
-    clip = {"clip": clip_digest(clip_path(retrieval.clip))}
+    blocked = read_block_list(batch.at(retrieval.block_list))
+    if blocked:
+        notes.append(f"{retrieval.block_list}: {len(blocked)} images are never used")
+    clip_place = clip_path(retrieval.clip, batch.folder)
+    clip = {"clip": clip_digest(clip_place)}
     if training.regularization == "real":
         index = add(
             Stage(
                 "index",
                 "corpus",
                 {"corpus": _corpus_digest(batch), **clip},
-                places={"corpus": retrieval.corpus, "clip": clip_path(retrieval.clip)},
+                places={"corpus": batch.corpus, "clip": clip_place},
             )
         )
 
@@ -192,7 +203,7 @@ def make_plan(batch: ConceptBatch) -> Plan:
                     "block_list": blocked,
                 },
                 (index,),
-                {"clip": clip_path(retrieval.clip)},
+                {"clip": clip_place},
             )
             if candidates.key not in {s.key for s in stages}:
                 add(candidates)
@@ -216,14 +227,15 @@ def make_plan(batch: ConceptBatch) -> Plan:
                 ),
             )
         elif training.regularization == "generated":
-            inputs = (add(_generated_stage(batch, concept, base)),)
+            inputs = (add(_generated_stage(batch, concept, drawing)),)
         features[concept.name] = add(
             Stage(
                 "features",
                 concept.name,
                 base
                 | {"images": digests[concept.name], "seed": training.seed}
-                | {"views": training.views if training.augment else 0},
+                | ({"views": training.views, "whole_from": WHOLE_FROM} if training.augment else {"views": 0})
+                | ({"flip": True} if training.flip else {}),
                 inputs,
                 {"images": list(concept.images), "base": batch.base_path},
             )
@@ -232,8 +244,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
     groups = [list(batch.concepts)] if training.composition == "joint" else [[c] for c in batch.concepts]
     trained = [add(_train_stage(batch, group, features, base)) for group in groups]
     merged = add(_kept_stage(trained)) if method.unet != "text_kv" else _add_merge(batch, trained, shape, stages)
-    judges = base | {
-        "clip": clip_digest(clip_path(batch.evaluation.clip)),
+    judges = drawing | {
+        "clip": clip_digest(clip_path(batch.evaluation.clip, batch.folder)),
         "judge": file_digest(IDENTITY) if batch.evaluation.identity else "",
     }
     measured = [
@@ -247,17 +259,18 @@ def make_plan(batch: ConceptBatch) -> Plan:
         )
         if model != "merged_full" or method.unet == "text_kv"
     ]
+    spec = public_spec(batch)
     add(
         Stage(
             "release",
             batch.name,
             {
                 "name": batch.name,
-                "license": batch.publish.model_dump(include={"license", "license_name", "license_link"}),
-                "spec": batch.model_dump(mode="json", exclude=_PLACES),
+                "license": {key: spec["publish"][key] for key in ("license", "license_name", "license_link")},
+                "spec": spec,
             },
             (merged, *measured),
-            {"base": batch.base_path, "base_name": batch.base},
+            {"base": batch.base_path, "base_name": spec["base"]},
         )
     )
     return Plan(batch, tuple(stages), tuple(notes))
@@ -288,11 +301,82 @@ _PLACES: dict[str, Any] = {
 """What of a batch says where or how, not what: no part of a release."""
 
 
+def public_spec(batch: ConceptBatch) -> dict[str, Any]:
+    """What a release says that it was asked for: nothing of the machine's folders, no passwords."""
+    spec = batch.model_dump(mode="json", exclude=_PLACES)
+    spec["base"] = public_name(spec["base"])
+    for section in ("retrieval", "evaluation"):
+        spec[section]["clip"] = public_name(spec[section]["clip"])
+    spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
+    return spec
+
+
+def _check_steps(batch: ConceptBatch, shape: Base) -> None:
+    try:
+        check_steps(batch.evaluation.steps, shape.timesteps)
+    except ValueError as error:
+        raise ValueError(f"evaluation.steps: {error}") from None
+
+
+def _check_words(batch: ConceptBatch, words: Words) -> dict[str, str]:
+    """What is wrong with the words that a concept goes by, and with the prompts that they make: name -> why."""
+    problems: dict[str, str] = {}
+    new = METHODS[batch.training.method].token == "new"
+    for concept in batch.concepts:
+        try:
+            if concept.token and new:
+                words.check_new(concept.token)
+                words.check_initializer(_initializer(concept))
+            elif concept.token:
+                words.check_rare(concept.token)
+        except ValueError as error:
+            problems[concept.name] = str(error)
+    usable = [concept for concept in batch.concepts if concept.name not in problems]
+    words = _knowing(words, batch, usable)
+    for concept in usable:
+        for key, prompts in _prompts(batch, concept).items():
+            try:
+                words.check_fits(prompts)
+            except ValueError as error:
+                problems.setdefault(concept.name, f"{key}: {error}")
+    return problems
+
+
+def _knowing(words: Words, batch: ConceptBatch, concepts: Sequence[Concept]) -> Words:
+    """With the tokens that training makes."""
+    new = METHODS[batch.training.method].token == "new"
+    return words.knowing([concept.token for concept in concepts if concept.token and new])
+
+
+def check_pair(batch: ConceptBatch, concepts: Sequence[Concept], prompts: Sequence[str]) -> None:
+    """prompts: with `{0}` and `{1}`. Raises: ValueError for one that is too long with both concepts in it."""
+    phrases = [concept.phrase for concept in concepts]
+    words = _knowing(check_base(batch.base_path).words, batch, concepts)
+    words.check_fits([prompt.format(*phrases) for prompt in prompts])
+
+
+def _prompts(batch: ConceptBatch, concept: Concept) -> dict[str, list[str]]:
+    """All that a text encoder will read of a concept, by the keys of the batch file that say it."""
+    training, phrase = batch.training, concept.phrase
+    caption = training.prompt.format(phrase)
+    own = "" if concept.prompts else "evaluation."
+    prompts = {
+        "class_word": [phrase],
+        "training.prompt": [caption, *(f"{words} {caption}" for words in SIZE_WORDS if training.augment)],
+        f"{own}prompts": [prompt.format(phrase) for prompt in batch.prompts_of(concept)],
+    }
+    if METHODS[training.method].unet == "text_kv":
+        prompts["merge.prompts"] = [prompt.format(phrase) for prompt in batch.merge.prompts]
+    if training.regularization == "generated":
+        prompts["class_prompt"] = [_generated_prompt(batch, concept)]
+    return prompts
+
+
 def _add_merge(batch: ConceptBatch, trained: list[Stage], shape: Base, stages: list[Stage]) -> Stage:
     """Lay out the merge of trained text K/V layers, its constraints and sums; returns the stage of the merge."""
     prompts = {"prompts": list(batch.merge.prompts)}
     constraints = [Stage("constraints", t.name, prompts, (t,), {"base": batch.base_path}) for t in trained]
-    rows = sum(row_count(shape.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
+    rows = sum(row_count(shape.words.tokenizers[0], batch.merge.prompts, c.class_word) for c in batch.concepts)
     sums: list[Stage] = []
     if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
         if batch.merge.form == "hard":
@@ -323,26 +407,35 @@ def _kept_stage(trained: list[Stage]) -> Stage:
     return Stage("merge", "all concepts", {}, tuple(trained))
 
 
-def _generated_stage(batch: ConceptBatch, concept: Concept, base: dict[str, str]) -> Stage:
+def _generated_stage(batch: ConceptBatch, concept: Concept, drawing: dict[str, Any]) -> Stage:
     """Regularisation images that the base draws itself; concepts of one class have one key, whatever the seed of the
     training, so they are drawn once."""
-    prompt = concept.class_prompt or batch.training.prompt.format(concept.class_word)
     return Stage(
         "generated",
         concept.name,
-        base
-        | {"prompt": prompt, "images": batch.retrieval.images}
+        drawing
+        | {"prompt": _generated_prompt(batch, concept), "images": batch.retrieval.images}
         | batch.evaluation.model_dump(include={"steps", "guidance"}),
         (),
         {"base": batch.base_path, "attention": batch.training.attention},
     )
 
 
+def _generated_prompt(batch: ConceptBatch, concept: Concept) -> str:
+    return concept.class_prompt or batch.training.prompt.format(concept.class_word)
+
+
 def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, Stage], base: dict[str, Any]) -> Stage:
-    settings = batch.training.model_dump(exclude={"composition", "augment", "views", *_HOW})
+    settings = batch.training.model_dump(exclude={"composition", "augment", "views", "flip", *_HOW})
     how = batch.training
     if how.strategy == "deepspeed" and how.deepspeed.config:  # it can change the weights, as by quantized gradients
-        own = read_deepspeed_config(how.deepspeed.config, how.batch_size, how.ranks, how.max_grad_norm)
+        file = Path(batch.at(how.deepspeed.config))
+        try:
+            config = read_written(file, "DeepSpeed configuration (.json)").value
+        except ValueError as error:
+            raise ValueError(f"training.deepspeed.config: {error}") from None
+        where = f"training.deepspeed.config: {file}"
+        own = complete_deepspeed_config(config, where, how.batch_size, how.ranks, how.max_grad_norm)
         base = base | {"deepspeed": own}
     if len(group) == 1:
         settings |= group[0].training.model_dump(exclude_none=True)
@@ -354,11 +447,7 @@ def _train_stage(batch: ConceptBatch, group: list[Concept], features: dict[str, 
         " + ".join(concepts),
         base | {"training": settings, "concepts": concepts},
         tuple(features[c.name] for c in group),
-        {
-            "base": batch.base_path,
-            **batch.training.model_dump(include=_HOW),
-            "sample_every": batch.training.sample_every or settings["steps"],
-        },
+        {"base": batch.base_path, **batch.training.model_dump(include=_HOW)},
     )
 
 
@@ -387,7 +476,7 @@ def _evaluate_stage(batch: ConceptBatch, concept: Concept, params: dict[str, Any
         {
             "base": batch.base_path,
             "images": list(concept.images),
-            "clip": clip_path(batch.evaluation.clip),
+            "clip": clip_path(batch.evaluation.clip, batch.folder),
             "attention": batch.training.attention,
         },
     )
@@ -399,18 +488,35 @@ def _initializer(concept: Concept) -> str | int:
 
 
 def _corpus_digest(batch: ConceptBatch) -> str:
-    if batch.retrieval.corpus == "miniature":
+    if batch.corpus == "miniature":
         return f"miniature-{CORPUS_VERSION}-{batch.retrieval.miniature_captions}"
-    if not precomputed(batch.retrieval.corpus):
-        next(read_corpus(batch.retrieval.corpus), None)  # has it the columns?
-    return corpus_digest(batch.retrieval.corpus)
+    pairs = precomputed(batch.corpus)
+    captions = pairs[0][1] if pairs else batch.corpus
+    check_corpus(captions, scores=batch.retrieval.max_nsfw is not None)
+    return corpus_digest(batch.corpus)
 
 
-def _lines(path: str) -> list[str]:
-    if not path:
-        return []
-    try:
-        with open(path, encoding="utf-8") as f:
-            return sorted({line.strip() for line in f if line.strip()})
-    except OSError as error:
-        raise ValueError(f"retrieval.block_list: {path}: {error.strerror}") from None
+SUM = re.compile(
+    r"""(?: \\? sha2?-?256 \s* \(.*\) \s* = \s*   # SHA256 (file) = sum, as BSD and openssl print it
+        | \W* (?: sha-?256 \W+ )? )             # sum  file, as sha256sum does; "sum",…; sha256:sum
+        ([0-9a-f]{64}) (?! \w)""",
+    re.IGNORECASE | re.VERBOSE | re.ASCII,
+)
+
+
+def read_block_list(path: str) -> list[str]:
+    """The sha256 sums of a block list, in lower case; lines that begin with `#` are comments.
+
+    Raises: ValueError naming the line that holds no sum.
+    """
+    found = set()
+    for number, line in read_lines(Path(path), "block list") if path else ():
+        match = SUM.match(line)
+        if match:
+            found.add(match[1].lower())
+        elif not line.startswith("#"):
+            raise ValueError(
+                f"{path}:{number}: expected a sha256 sum of 64 hexadecimal digits, as `sha256sum` prints it; found "
+                f"{shown(line)}"
+            )
+    return sorted(found)

@@ -18,16 +18,19 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
+from pipeline.places import masked
 from pipeline.plan import Plan, Stage
 from pipeline.stages import measures, regularization_set
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
+from retrieval.select import left_out
 from training.images import load_images
 from training.methods import METHODS
 
@@ -60,8 +63,8 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
 
     Keys: `name`, `release`, `seconds` (kind -> stage -> seconds), `seconds_per_kind`, `seconds_total`, `concepts`
     (name -> token, class_word, measures of each model, the comparisons of `compare`, regularization), `overall` (means
-    over the concepts), `worst` (the least favourable concept of each comparison), `merge`, `residuals` and `drift`
-    (before and after compression) and `bytes`.
+    over the concepts), `left_out` (what retrieval did not use, in sentences), `worst` (the least favourable concept of
+    each comparison), `merge`, `residuals` and `drift` (before and after compression) and `bytes`.
     """
     (merge,) = plan.of("merge")
     folder = store.path("merge", merge.key)
@@ -75,11 +78,12 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     concepts = {name: _figures(stages, plan, store) for name, stages in plan.evaluations().items()}
     figures = {
         "name": plan.batch.name,
-        "release": release,
+        "release": masked(release),
         "seconds": seconds,
         "seconds_per_kind": {kind: round(sum(values.values()), 3) for kind, values in seconds.items()},
         "seconds_total": round(sum(sum(values.values()) for values in seconds.values()), 3),
         "concepts": concepts,
+        "left_out": _left_out(plan, store),
         "overall": _overall(concepts),
         "worst": _worst(concepts),
         "merge": {key: merged[key] for key in ("form", "why", "rows", "regularization_captions", "condition")}
@@ -138,6 +142,37 @@ def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet
         if stage.name == concept:
             return regularization_set(store.path(stage.kind, stage.key))
     return None
+
+
+def _left_out(plan: Plan, store: Store) -> list[str]:
+    """What retrieval did not use of the corpus and of the captions and images it found, other than dead links."""
+    said: list[str] = []
+    why = {
+        "nsfw": "have an NSFW score above max_nsfw",
+        "unscored": "have no NSFW score, which max_nsfw asks for",
+        "blocked": "are on the block list",
+    }
+    for stage in plan.of("candidates"):
+        folder = store.path("candidates", stage.key)
+        # of all the same corpus; not there in stores of earlier versions
+        if not said and (counts := folder / "corpus.json").exists():
+            rows, used = (json.loads(counts.read_text())[key] for key in ("rows", "used"))
+            if used < rows:
+                said.append(
+                    f"The corpus: {rows - used} of {rows} rows are left out: they have no url or caption, text that is "
+                    "not UTF-8, or a broken embedding."
+                )
+        dropped = left_out(pq.read_schema(folder / "candidates.parquet"))
+        said += [
+            f"“{stage.name}”: {dropped[reason]} captions are left out: they {words}."
+            for reason, words in why.items()
+            if reason in dropped
+        ]
+    for stage in plan.of("regularization"):
+        blocked = regularization_set(store.path("regularization", stage.key)).statuses.get("blocked")
+        if blocked:
+            said.append(f"{stage.name}: {blocked} downloaded images are left out: they are on the block list.")
+    return said
 
 
 def _overall(concepts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -212,11 +247,12 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         method=METHODS[plan.batch.training.method],
         charts=_alignment_charts(figures["concepts"]),
         colours=COLOURS,
-        spec=yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        spec=masked(yaml.safe_dump(plan.batch.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(page, encoding="utf-8")
+    # of names of files that are no UTF-8 the bytes are shown
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 
@@ -301,6 +337,7 @@ def _remarks(figures: dict[str, Any]) -> list[str]:
         shortfall = entry.get("regularization", {}).get("shortfall")
         if shortfall:
             remarks.append(f"{name}, regularisation: {shortfall}.")
+    remarks += figures["left_out"]
     for name, residual in figures["residuals"]["after"].items():
         if residual > 0.01:
             remarks.append(f"{name}: {residual:.1%} of its change is not met after merging and compression.")

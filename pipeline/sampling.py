@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from training.backbone import Backbone
+from training.seeds import generator
 
 
 @torch.no_grad()
@@ -24,11 +25,15 @@ def draw(
     """One image per prompt, each from its own seed: an image does not depend on its neighbours in the batch.
 
     The backbone is used as it is; put `backbone.changed(...)` around the call to draw with trained weights.
+
+    Raises: ValueError for a prompt that is too long for the text encoders, or more steps than the noise schedule has.
     """
+    backbone.words.check_fits(prompts)
+    check_steps(steps, backbone.pipe.scheduler.config.num_train_timesteps)
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
+        generators = [generator(seed) for seed in seeds[chunk]]
         images += backbone.pipe(
             list(prompts[chunk]),
             num_inference_steps=steps,
@@ -40,6 +45,12 @@ def draw(
         if progress:
             progress(len(images))
     return images
+
+
+def check_steps(steps: int, timesteps: int) -> None:
+    """Raises: ValueError for more steps of drawing than the base model's noise schedule has."""
+    if steps > timesteps:
+        raise ValueError(f"{steps} steps, but the base model's noise schedule has {timesteps}")
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], *, labels: Sequence[str] = (), side: int = 128) -> Image.Image:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pipeline.estimate import Device, exchanged_bytes, model_size, pack_bytes, pack_size, rank_samples
 from pipeline.plan import SUMMED, Plan
@@ -59,13 +59,6 @@ class Cluster(Section):
     cpu_gflops: Quantity = 1_000.0
     """Of a node's cores, float32."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # which Python takes for 0 or 1
-            raise ValueError(f"expected a number, found {str(value).lower()}")
-        return value
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -81,7 +74,8 @@ class Phase:
 
 def load_cluster(path: Path) -> Cluster:
     """Raises: ValueError naming the file and the key."""
-    return validated(Cluster, read_mapping(path, "cluster file (.yaml)", "nodes"), path)
+    written = read_mapping(path, "cluster file (.yaml)", "nodes")
+    return validated(Cluster, written.value, path, written)
 
 
 def predict(plan: Plan, cluster: Cluster, *, concepts: int, captions: int) -> tuple[list[Phase], int]:

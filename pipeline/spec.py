@@ -5,35 +5,55 @@ Unknown keys are refused with the nearest known one; every error names the file 
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from pipeline.concept_lists import concepts_of
 from pipeline.evaluation.prompts import check_prompt, read_prompts
+from pipeline.mistakes import explain, kinds_of
+from pipeline.places import check_place, is_path, located, masked
+from pipeline.reading import LONGEST_NAME, Written, read_written, shown
+from pipeline.release.place import plain_destination
 from training.methods import CUSTOM_DIFFUSION, METHODS
 from training.methods.method import RARE_WORDS
+from training.tokens import spelling
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""As much as a column of a table holds."""
+Place = Annotated[str, AfterValidator(check_place)]
+"""A folder, file, pattern or URL; see `Settings.at`."""
+Destination = Annotated[str, AfterValidator(lambda place: plain_destination(place) if place else "")]
+"""A folder or URL that is written to, or nothing."""
+
+
+def _one_line(value: str) -> str:
+    return " ".join(value.split())
+
+
+Words = Annotated[str, AfterValidator(_one_line)]
+"""Text whose blanks are single spaces between words."""
 
 
 def one_is_a_list(value: Any) -> Any:
@@ -51,7 +71,7 @@ def _read_suites(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...
     prompts: list[str] = []
     for entry in value:
         if is_suite(entry):
-            prompts += read_prompts(folder / Path(entry).expanduser())
+            prompts += read_prompts(folder / os.path.expanduser(entry))
         else:
             prompts.append(check_prompt(entry))
     return tuple(prompts)
@@ -66,6 +86,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Which Python takes for each other."""
+        kinds = set(kinds_of(cls.model_fields[str(info.field_name)].annotation))
+        numbers, booleans = not kinds.isdisjoint((int, float)), bool in kinds
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, bool) and numbers and not booleans:
+                raise PydanticCustomError("number", "expected a number")
+            if type(each) in (int, float) and booleans and not numbers:
+                raise PydanticCustomError("boolean", "expected true or false")
+        return value
+
 
 class ConceptTraining(Section):
     """What one concept trains with instead of the batch's settings, when trained separately."""
@@ -73,15 +106,15 @@ class ConceptTraining(Section):
     steps: Positive | None = None
     learning_rate: float | None = Field(None, gt=0)
     token_learning_rate: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=0)
+    seed: Seed | None = None
 
 
 class Concept(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
     images: Annotated[tuple[str, ...], BeforeValidator(one_is_a_list)]
     """Folder, glob pattern or image files; relative to the batch file."""
-    class_word: str = Field(min_length=1)
+    class_word: Words
     """What it is, in the base model's words: `cat`, `wooden pot`."""
     token: str = ""
     """The new token, `<new1>`, `<new2>`, … by position when empty; with `dreambooth` a word of one token that the base
@@ -89,21 +122,30 @@ class Concept(Section):
     new_category: bool = False
     """It goes by its class word alone (`moongate`), without a token: the form for a category that the base does not
     know, where the above is for one special cat. Give it a class_prompt the base does know (`gate`)."""
-    initializer: str = ""
+    initializer: Words = ""
     """A word of one token the new row starts from; rarely used words in turn when empty."""
     prompts: Prompts = ()
     """Prompts to measure and show this concept with, `{}` standing for the concept, or .txt files of them, a line each;
     the batch's when empty."""
-    class_prompt: str = ""
+    class_prompt: Words = ""
     """Regularisation images are those with captions nearest to this; the class word when empty."""
     training: ConceptTraining = ConceptTraining()
     """Its own steps, learning rates and seed."""
+
+    @field_validator("class_word")
+    @classmethod
+    def _class_word_is_not_blank(cls, value: str) -> str:
+        if not any(c.isprintable() for c in value):
+            raise ValueError("blank; name what it is in the base model's words, like 'cat'")
+        return value
 
     @field_validator("token")
     @classmethod
     def _token_is_one_word(cls, value: str) -> str:
         if value and any(c.isspace() for c in value):
-            raise ValueError(f"a token is one word without spaces, found {value!r}")
+            raise ValueError(f"a token is one word without spaces, found {shown(value)}")
+        if len(value.encode()) > LONGEST_NAME:
+            raise ValueError(f"a token has at most {LONGEST_NAME} bytes, as a part of file names; found {shown(value)}")
         return value
 
     @property
@@ -113,7 +155,7 @@ class Concept(Section):
 
 
 class Retrieval(Section):
-    corpus: str = "miniature"
+    corpus: Place = "miniature"
     """Parquet file, folder, glob or URL of (url, caption) rows or of embeddings as clip-retrieval writes them;
     `miniature` for the embedded world."""
     local: bool = False
@@ -127,14 +169,21 @@ class Retrieval(Section):
     oversample: float = Field(5.0, ge=1)
     """Candidates asked for, as a multiple of `images`: old links die."""
     max_nsfw: float | None = None
-    """Leave out rows whose NSFW score is above this, where the corpus has one."""
+    """Leave out rows whose NSFW score is above this, and rows without one; the corpus has to have the column."""
     block_list: str = ""
-    """File with sha256 sums, one a line, of images never to use."""
+    """File with sha256 sums of images never to use, one a line as `sha256sum` and others print them."""
     distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
     """img2dataset's. Each concept's images are one task of the cluster; with `ray` that task is spread over all nodes
     too (few concepts, many nodes), and the store has to be a folder that all nodes share."""
     miniature_captions: Positive = 20_000
     """Rows of the miniature corpus."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_user_is_named(cls, value: str) -> str:
+        if masked(value) != value:
+            raise ValueError(f"images are asked for without user names and passwords; found {masked(value)!r}")
+        return value
 
 
 class Zero(Section):
@@ -179,6 +228,9 @@ class Training(Section):
     prompt as they stand in `evaluation` (steps, guidance), as DreamBooth's prior preservation does, or none."""
     augment: bool = CUSTOM_DIFFUSION.augment
     """Random resize with size words and masked loss."""
+    flip: bool = False
+    """Mirror half of the views, and of the regularisation images (the authors do). Not for concepts with writing on
+    them, or whose left and right matter."""
     views: Positive = 64
     """Augmented views of each image whose latents are kept."""
     prompt: str = "photo of a {}"
@@ -198,10 +250,11 @@ class Training(Section):
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     compile: bool = False
     """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     checkpoint_every: Positive = 50
     sample_every: Positive | None = None
-    """Draw a sample grid every so many steps (and at the end); at the end only when empty."""
+    """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
+    evaluation draws the same concepts, too."""
 
     @field_validator("prompt")
     @classmethod
@@ -219,7 +272,7 @@ class Training(Section):
     @classmethod
     def _method_is_known(cls, value: str) -> str:
         if value not in METHODS:
-            raise ValueError(f"expected one of {', '.join(METHODS)}; found {value!r}")
+            raise ValueError(f"expected one of {', '.join(METHODS)}; found {shown(value)}")
         return value
 
     @model_validator(mode="after")
@@ -250,11 +303,14 @@ class Training(Section):
 
 class Merge(Section):
     partial: bool = False
-    """Go on without the concepts that failed (the run then ends with exit code 1); otherwise nothing is merged."""
+    """Go on without the concepts that failed (the run then ends with exit code 5); otherwise nothing is merged."""
     form: Literal["auto", "hard", "soft"] = "auto"
-    """Constraints met exactly, or as a penalty; auto: exactly while that leaves the regularisation captions alone."""
-    penalty: float = Field(100.0, gt=0)
-    """mu of the soft form, relative to the mean of G's diagonal."""
+    """Constraints met exactly, or as a penalty; auto: exactly while that keeps to `max_drift`."""
+    max_drift: float = Field(0.1, gt=0)
+    """How far the regularisation captions' keys and values may move, as a share of their size (a single concept's
+    training moves them by about 0.1). Beyond it each concept is met less."""
+    penalty: float | None = Field(None, gt=0)
+    """mu of the soft form, relative to the mean of G's diagonal; the largest that keeps to `max_drift` when empty."""
     captions: Positive = 1000
     """Regularisation captions in G at most (the authors: 200 to 1000)."""
     damping: float = Field(1e-6, ge=0)
@@ -292,14 +348,14 @@ class Evaluation(Section):
     """Images a prompt."""
     steps: Positive = 50
     guidance: float = 6.0
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     clip: str = "miniature"
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
 
 
 class Publish(Section):
-    to: str = ""
+    to: Place = ""
     """Folder or URL releases go to; `<output>/releases` when empty."""
     hub: str = ""
     """Repository on the Hugging Face hub, `owner/name`, that each new release is copied to."""
@@ -310,30 +366,41 @@ class Publish(Section):
     license_link: str = ""
     """Where that licence can be read."""
     made_by: str = ""
-    """Who is named as the maker in manifests; user and host when empty."""
+    """Who is named as the maker in manifests; nobody when empty."""
     signing_key: str = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
     @field_validator("to")
     @classmethod
-    def _versions_are_not_kept_on_the_hub(cls, value: str) -> str:
+    def _versions_can_be_kept_there(cls, value: str) -> str:
         if value.startswith("hf://"):
             raise ValueError(
                 f"the hub gets copies of releases, by `publish.hub: owner/name`; `to` is the folder or bucket they are "
-                f"kept in; found {value!r}"
+                f"kept in; found {shown(value)}"
             )
         return value
 
 
-class Settings(Section):
-    """What a batch and a retraining say alike: all but the concepts."""
+def local_folder(value: str) -> str:
+    """Where results for people go. Raises: ValueError for a URL, or nothing."""
+    check_place(value)
+    if not value or "://" in value:
+        raise ValueError(
+            f"report and summary go to a local folder; `store` and `publish.to` may be URLs; found {shown(value)}"
+        )
+    return value
 
-    name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+class Settings(Section):
+    """What a batch and a retraining say alike: all but the concepts. Places stand here as the file names them."""
+
+    name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
     base: str = "miniature"
     """Diffusers model: folder, hub name, or `miniature`."""
-    output: str = "runs/{name}"
-    """Where the store, report and releases are, relative to the working directory."""
-    store: str = ""
+    output: Annotated[str, AfterValidator(local_folder)] = "runs/{name}"
+    """Where the store, report and releases are: alone of all places relative to the working directory, not to the
+    file."""
+    store: Destination = ""
     """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
     retrieval: Retrieval = Retrieval()
     training: Training = Training()
@@ -341,6 +408,19 @@ class Settings(Section):
     compress: Compress = Compress()
     evaluation: Evaluation = Evaluation()
     publish: Publish = Publish()
+    _folder: Path = PrivateAttr(Path())
+
+    def model_post_init(self, context: Any) -> None:
+        self._folder = Path((context or {}).get("folder", ""))
+
+    @property
+    def folder(self) -> Path:
+        """Of the file, which the places in it are relative to."""
+        return self._folder
+
+    def at(self, place: str) -> str:
+        """Where a place is that the file names: an absolute path or a URL."""
+        return located(place, self.folder)
 
     @model_validator(mode="after")
     def _miniature_is_for_the_miniature(self) -> Self:
@@ -358,34 +438,35 @@ class Settings(Section):
     def _nodes_share_the_store(self) -> Self:
         if self.retrieval.distributor == "ray" and "://" in self.store:
             raise ValueError(
-                f"retrieval.distributor: 'ray' needs a store in a folder that all nodes share; found {self.store!r}"
+                "retrieval.distributor: 'ray' needs a store in a folder that all nodes share; found "
+                f"{shown(self.store)}"
             )
         return self
 
-    @field_validator("output")
-    @classmethod
-    def _output_is_local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(
-                f"report and summary go to a local folder; `store` and `publish.to` may be URLs; found {value!r}"
-            )
-        return value
-
     @property
     def output_path(self) -> str:
-        return self.output.replace("{name}", self.name)
+        return os.path.expanduser(self.output.replace("{name}", self.name))
 
     @property
     def store_url(self) -> str:
-        return self.store or f"{self.output_path}/store"
+        return self.at(self.store) or f"{self.output_path}/store"
 
     @property
     def release_url(self) -> str:
-        return self.publish.to or f"{self.output_path}/releases"
+        return self.at(self.publish.to) or f"{self.output_path}/releases"
 
     @property
     def base_path(self) -> str:
-        return base_path(self.base)
+        return base_path(self.base, self.folder)
+
+    @property
+    def corpus(self) -> str:
+        """`miniature`, or an absolute path or URL."""
+        return self.retrieval.corpus if self.retrieval.corpus == "miniature" else self.at(self.retrieval.corpus)
+
+    @property
+    def signing_key(self) -> str:
+        return self.at(self.publish.signing_key)
 
     def check_concept(self, concept: Concept) -> None:
         """Raises: ValueError for what a concept says that these settings have no use for."""
@@ -402,19 +483,22 @@ class Settings(Section):
 
     def check_places(self) -> None:
         """Raises: ValueError for places that other machines would not find."""
-        for key, place in (("store", self.store_url), ("publish.to", self.release_url), ("output", self.output_path)):
-            if "://" not in place and not os.path.isabs(place):
+        for key, place in (("store", self.store), ("publish.to", self.publish.to), ("output", self.output)):
+            if place and "://" not in place and not os.path.isabs(os.path.expanduser(place)):
                 url = "" if key == "output" else "a URL or "
                 raise ValueError(f"{key}: {place!r} is relative; on a cluster give {url}a path that all nodes share")
 
 
 def doubles(concepts: Sequence[Concept]) -> dict[int, tuple[int, str, str]]:
-    """Which concepts have the name or token of an earlier one: index -> the earlier one's, `name` or `token`, and the
-    word in lower case: tokenizers and some file systems do not tell case apart."""
+    """Which concepts have the name or token of an earlier one, or, being new categories, its class word: index -> the
+    earlier one's, the field, and its `spelling`."""
     found: dict[int, tuple[int, str, str]] = {}
     seen: dict[tuple[str, str], int] = {}
     for i, concept in enumerate(concepts):
-        own = [(field, word.lower()) for field, word in (("name", concept.name), ("token", concept.token)) if word]
+        fields = {"name": concept.name, "token": concept.token}
+        if concept.new_category:  # by which it goes
+            fields["class_word"] = concept.class_word
+        own = [(field, spelling(word)) for field, word in fields.items() if word]
         double = next((each for each in own if each in seen), None)
         if double:
             found[i] = (seen[double], *double)
@@ -425,6 +509,12 @@ def doubles(concepts: Sequence[Concept]) -> dict[int, tuple[int, str, str]]:
 
 class ConceptBatch(Settings):
     concepts: tuple[Concept, ...] = Field(min_length=1)
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was understood of another trainer's list of concepts otherwise than it may be meant."""
+        return self._notes
 
     @model_validator(mode="after")
     def _concepts_differ(self) -> ConceptBatch:
@@ -451,7 +541,9 @@ class ConceptBatch(Settings):
                 raise ValueError(f"concepts[{i}].{error}") from None
         return self
 
-    def model_post_init(self, _: Any) -> None:
+    def model_post_init(self, context: Any) -> None:
+        super().model_post_init(context)
+        self._notes = tuple((context or {}).get("notes", ()))
         taken = {c.token for c in self.concepts}
         rare = METHODS[self.training.method].token == "rare"
         words = RARE_WORDS if rare else [f"<new{i}>" for i in range(1, 2 * len(self.concepts) + 1)]
@@ -489,10 +581,10 @@ class Gate(Section):
 class Retraining(Settings):
     """A batch whose concepts are those of a catalogue, made again whenever they change."""
 
-    catalogue: str = Field(min_length=1)
+    catalogue: Place = Field(min_length=1)
     """Folder or URL with a folder for each concept: its images and a `concept.yaml`."""
     gate: Gate = Gate()
-    lease: float = Field(600, ge=5)
+    lease: float = Field(600, ge=5, le=86_400)
     """Seconds after which a run that died no longer keeps others out; a living one renews its lease meanwhile."""
 
     @model_validator(mode="after")
@@ -506,24 +598,38 @@ class Retraining(Settings):
     def with_concepts(self, concepts: Sequence[Concept]) -> ConceptBatch:
         """Raises: ValueError for concepts that do not go together, or not with these settings."""
         settings = {key: getattr(self, key) for key in Settings.model_fields}
+        data = settings | {"concepts": tuple(concepts)}
         try:
-            return ConceptBatch(**settings, concepts=tuple(concepts))
+            return ConceptBatch.model_validate(data, context={"folder": self.folder})
         except ValidationError as error:
-            raise ValueError("\n".join(f"{self.catalogue}: {line}" for line in explain(error, ConceptBatch))) from None
+            raise ValueError("\n".join(explain(error, ConceptBatch, self.catalogue))) from None
 
 
 Asked = TypeVar("Asked", bound=Settings)
 Read = TypeVar("Read", bound=Section)
 
 
-def base_path(base: str) -> str:
-    """The base model's place: the package's folder for `miniature`."""
-    return str(MINIATURE / "model") if base == "miniature" else base
+def base_path(base: str, folder: str | Path = "") -> str:
+    """The base model's place: the package's folder for `miniature`, a hub's name as it is. folder: of the file that
+    names it."""
+    return str(MINIATURE / "model") if base == "miniature" else _model_path(base, folder)
 
 
-def clip_path(clip: str) -> str:
-    """The open_clip model's place: the package's folder for `miniature`."""
-    return str(MINIATURE / "clip") if clip == "miniature" else clip
+def clip_path(clip: str, folder: str | Path = "") -> str:
+    """The open_clip model's place, as `base_path`."""
+    return str(MINIATURE / "clip") if clip == "miniature" else _model_path(clip, folder)
+
+
+def _model_path(name: str, folder: str | Path) -> str:
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(name))) if is_path(name, folder) else name
+
+
+def public_name(model: str) -> str:
+    """How a release names a model: as the file does, but of a path that tells of a machine, the last part only."""
+    return os.path.basename(os.path.normpath(model)) if model.startswith(("/", "~")) else masked(model)
+
+
+# --- reading -------------------------------------------------------------------------------------------
 
 
 def load_batch(path: str | Path) -> ConceptBatch:
@@ -531,27 +637,50 @@ def load_batch(path: str | Path) -> ConceptBatch:
     of a YAML file may name such a list.
 
     Raises:
-        ValueError: naming the file, the key, what was found and what is allowed.
+        ValueError: naming the file, the line and key, what was found and what is allowed.
     """
-    path = Path(path)
-    return batch_from(read_mapping(path, "batch file (.yaml or .json)", "concepts"), path)
+    return batch_from(read_batch(Path(path)))
 
 
-def batch_from(data: dict[str, Any], path: Path) -> ConceptBatch:
-    """The batch that a file at `path` would say with such content; see `load_batch`. A list of concepts that `data`
-    names takes its name's place there."""
-    if isinstance(data.get("concepts"), str):
-        listed = Path(data["concepts"]).expanduser()
-        place = path.parent / listed
-        entries = _parse(place, "list of concepts (.json)")
-        if not isinstance(entries, list):
-            raise ValueError(f"{place}: expected a list of concepts, found {type(entries).__name__}")
-        data["concepts"] = _from_concepts_list(place, entries, listed.parent)
-    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
-    batch = _resolve(validated(ConceptBatch, data, path), path.parent)
-    concepts = [
-        c.model_copy(update={"images": tuple(_place(i, path.parent) for i in c.images)}) for c in batch.concepts
-    ]
+@dataclass(frozen=True)
+class BatchFile:
+    """What a batch file says, or would say.
+
+    data: with the concepts of another trainer's list in the project's form. written: the file itself, where there is
+    one. notes: what of that list was understood otherwise than it may be meant.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    written: Written | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_batch(path: Path) -> BatchFile:
+    """Raises: ValueError when there is no such file, or it is none of a batch; `batch_from` checks what it says."""
+    written = read_written(path, "batch file (.yaml or .json)")
+    if isinstance(written.value, list):
+        concepts, notes = concepts_of(path, written.value, Path(), CUSTOM_DIFFUSION)
+        inner = {"concepts": written}
+        return BatchFile(path, {"concepts": concepts}, Written(None, written.line, inner=inner), notes)
+    data = dict(_mapping(path, written, "concepts"))
+    if not isinstance(data.get("concepts"), str):
+        return BatchFile(path, data, written)
+    place = Path(os.path.expanduser(data["concepts"]))
+    entries = read_written(path.parent / place, "list of concepts (.json)").value
+    if not isinstance(entries, list):
+        raise ValueError(f"{path.parent / place}: expected a list of concepts, found {shown(entries)}")
+    training = data.get("training")
+    method = METHODS.get(str(training.get("method")) if isinstance(training, dict) else "", CUSTOM_DIFFUSION)
+    concepts, notes = concepts_of(path.parent / place, entries, place.parent, method)
+    return BatchFile(path, data | {"concepts": concepts}, written, notes)
+
+
+def batch_from(file: BatchFile) -> ConceptBatch:
+    """Raises: as `load_batch`."""
+    data = {"name": _name_of(file.path)} | file.data
+    batch = validated(ConceptBatch, data, file.path, file.written, notes=file.notes)
+    concepts = [c.model_copy(update={"images": tuple(map(batch.at, c.images))}) for c in batch.concepts]
     return batch.model_copy(update={"concepts": tuple(concepts)})
 
 
@@ -559,149 +688,58 @@ def load_retraining(path: str | Path) -> Retraining:
     """Read a retraining file: a batch file with `catalogue` in the place of `concepts`, and a `gate`.
 
     Raises:
-        ValueError: naming the file, the key, what was found and what is allowed.
+        ValueError: naming the file, the line and key, what was found and what is allowed.
     """
     path = Path(path)
-    data = read_mapping(path, "retraining file (.yaml)", "catalogue")
-    data.setdefault("name", re.sub("[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "batch")
+    written = read_mapping(path, "retraining file (.yaml)", "catalogue")
+    data = {"name": _name_of(path)} | written.value
     if "concepts" in data:
         raise ValueError(f"{path}: concepts: a retraining has its concepts in the folders of its `catalogue`")
-    asked = _resolve(validated(Retraining, data, path), path.parent)
-    return asked.model_copy(update={"catalogue": _place(asked.catalogue, path.parent)})
+    return validated(Retraining, data, path, written)
 
 
-def read_mapping(path: Path, what: str, key: str) -> dict[str, Any]:
-    """A YAML or JSON file's mapping. what: it should be, key: it should have, for the messages.
+def _name_of(file: Path) -> str:
+    """Of a batch that does not say its own."""
+    return re.sub("[^A-Za-z0-9._-]", "-", file.stem).lstrip("._-")[:LONGEST_NAME] or "batch"
+
+
+def overridden(settings: Asked, **given: Any) -> Asked:
+    """Settings with others in their place that the command line gave: None where it gave none.
+
+    Raises: ValueError as for a file, naming the option.
+    """
+    data = dict(settings) | {key: value for key, value in given.items() if value is not None}
+    notes = settings.notes if isinstance(settings, ConceptBatch) else ()
+    try:
+        return type(settings).model_validate(data, context={"folder": settings.folder, "notes": notes})
+    except ValidationError as error:
+        raise ValueError("\n".join(f"--{line}" for line in explain(error, type(settings)))) from None
+
+
+def read_mapping(path: Path, what: str, key: str) -> Written:
+    """A YAML or JSON file with a mapping. what: it should be, key: it should have, for the messages.
 
     Raises: ValueError when there is no such file, or something else is in it.
     """
-    data = _parse(path, what)
-    if isinstance(data, list) and key == "concepts":
-        data = {"concepts": _from_concepts_list(path, data, Path())}
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping with the key {key!r}, found {type(data).__name__}")
-    return data
+    written = read_written(path, what)
+    _mapping(path, written, key)
+    return written
 
 
-def _parse(path: Path, what: str) -> Any:
+def _mapping(path: Path, written: Written, key: str) -> dict[str, Any]:
+    if not isinstance(written.value, dict):
+        raise ValueError(f"{path}: expected a mapping with the key {key!r}, found {shown(written.value)}")
+    return written.value
+
+
+def validated(
+    model: type[Read], data: dict[str, Any], path: Path, written: Written | None = None, notes: Sequence[str] = ()
+) -> Read:
+    """A part of the spec from what a file says. written: the file itself, where the lines of mistakes are known.
+
+    Raises: ValueError with a line for each key that is wrong, naming the file.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the path of a {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from None
-    try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid {path.suffix.lstrip('.').upper() or 'YAML'}: {error}") from None
-
-
-def validated(model: type[Read], data: dict[str, Any], path: Path | str) -> Read:
-    """Raises: ValueError with a line for each key that is wrong, naming the file."""
-    try:
-        return model.model_validate(data, context={"folder": Path(path).parent})
+        return model.model_validate(data, context={"folder": path.parent, "notes": notes})
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error, model))) from None
-
-
-def _place(value: str, folder: Path) -> str:
-    return value if not value or "://" in value else os.path.abspath(folder / Path(value).expanduser())
-
-
-def _resolve(settings: Asked, folder: Path) -> Asked:
-    """Relative places in a file are relative to the file (not `output`: that is where the user stands)."""
-    update: dict[str, Any] = {}
-    if settings.retrieval.corpus != "miniature":
-        update["retrieval"] = settings.retrieval.model_copy(
-            update={
-                "corpus": _place(settings.retrieval.corpus, folder),
-                "block_list": _place(settings.retrieval.block_list, folder),
-            }
-        )
-    for section in ("retrieval", "evaluation"):
-        current = update.get(section, getattr(settings, section))
-        if current.clip != "miniature" and (folder / current.clip).is_dir():
-            update[section] = current.model_copy(update={"clip": _place(current.clip, folder)})
-    if settings.training.deepspeed.config:
-        zero = settings.training.deepspeed.model_copy(
-            update={"config": _place(settings.training.deepspeed.config, folder)}
-        )
-        update["training"] = settings.training.model_copy(update={"deepspeed": zero})
-    if settings.publish.signing_key:
-        key = _place(settings.publish.signing_key, folder)
-        update["publish"] = settings.publish.model_copy(update={"signing_key": key})
-    if settings.base != "miniature" and (folder / settings.base).is_dir():
-        update["base"] = _place(settings.base, folder)
-    return settings.model_copy(update=update)
-
-
-def _from_concepts_list(path: Path, entries: list[Any], folder: Path) -> list[dict[str, Any]]:
-    """`[{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": …}, …]`, the form of
-    the authors' trainer, of diffusers' `train_custom_diffusion.py` and, with a prompt suite each in `prompt_filename`,
-    of the authors' 101-concept benchmark; `class_data_dir` is not used: regularisation images are retrieved.
-    folder: of the list, from the batch file's."""
-    concepts: list[dict[str, Any]] = []
-    known = {"instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir", "prompt_filename"}
-    for i, entry in enumerate(entries):
-        where = f"{path}: [{i}]"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected a mapping, found {type(entry).__name__}")
-        for key in entry:
-            if key not in known:
-                raise ValueError(f"{where}.{key}: unknown key{_nearest(key, known)}")
-        for key in ("instance_prompt", "class_prompt", "instance_data_dir"):
-            if not isinstance(entry.get(key), str) or not entry[key]:
-                raise ValueError(
-                    f"{where}.{key}: missing; the form is instance_prompt, class_prompt, instance_data_dir"
-                )
-        tokens = [w for w in entry["instance_prompt"].split() if w.startswith("<") and w.endswith(">")]
-        if len(tokens) > 1:
-            raise ValueError(f"{where}.instance_prompt: expected one new token like <new1>, found {tokens}")
-        images, suite = Path(entry["instance_data_dir"]), entry.get("prompt_filename")
-        class_word = entry["class_prompt"].removeprefix("photo of a ").removeprefix("a photo of a ").strip()
-        concepts.append(
-            {
-                "name": f"{i + 1:03d}-{re.sub('[^A-Za-z0-9_-]', '-', images.name)}",
-                "images": [str(folder / images.expanduser())],
-                "class_word": class_word,
-                "token": tokens[0] if tokens else "",
-                "class_prompt": entry["class_prompt"],
-                "prompts": [str(folder / suite)] if suite else [],
-            }
-        )
-    if len(concepts) > 1 and len({c["token"] for c in concepts}) == 1:
-        for concept in concepts:  # the benchmark trains each in a run of its own, always as `<new1>`
-            concept["token"] = ""
-    return concepts
-
-
-def _nearest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """What is wrong with a file that was to be a `root`, a line for each key."""
-    lines = []
-    for item in error.errors():
-        location = item["loc"]
-        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(root, location[:-1])
-            lines.append(f"{key}: unknown key{_nearest(str(location[-1]), known)}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: missing")
-        else:
-            found = "" if item["type"] == "value_error" else f", found {item['input']!r}"
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message}{found}" if key else message)
-    return lines
-
-
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location:
-        if part == "concepts":
-            model = Concept
-        elif isinstance(part, str) and part in model.model_fields:
-            model = model.model_fields[part].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
+        raise ValueError("\n".join(explain(error, model, str(path), written))) from None

@@ -39,13 +39,14 @@ from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.plan import Stage
 from pipeline.release.card import CardConcept, write_card
 from pipeline.release.formats import write_formats, write_whole
+from pipeline.release.manifest import public
 from pipeline.sampling import draw, grid
 from pipeline.store import Store, file_digest
 from retrieval.clip import load_clip
-from retrieval.corpus import precomputed, read_corpus
+from retrieval.corpus import corpus_rows, precomputed, read_corpus
 from retrieval.download import download
 from retrieval.images import perceptual_hash
-from retrieval.index import build_index, build_index_from_embeddings, search
+from retrieval.index import build_index, build_index_from_embeddings, read_header, search
 from retrieval.regularization import RegularizationSet
 from retrieval.select import Search, candidates_by_class
 from training.attention import training_dtype, use_attention
@@ -119,12 +120,18 @@ def index(work: Work) -> None:
         rows = int(work.stage.params["corpus"].rsplit("-", 1)[1])
         corpus = str(work.scratch / "corpus.parquet")
         write_corpus(Path(corpus), rows, seed=0)
-    pairs = precomputed(corpus)
-    if pairs:
-        build_index_from_embeddings(pairs, work.out / "index")
+    clip = load_clip(work.stage.places["clip"])
+    if pairs := precomputed(corpus):
+        build_index_from_embeddings(pairs, work.out / "index", clip=clip)
     else:
-        clip = load_clip(work.stage.places["clip"])
         build_index(read_corpus(corpus), clip.encode_text, work.out / "index", model=clip.digest)
+    count_rows(work.out, corpus)
+
+
+def count_rows(out: Path, corpus: str) -> None:
+    """Note in an artifact of the kind `index` how many rows the corpus has, beside those that could be used."""
+    counts = {"rows": corpus_rows(corpus), "used": read_header(out / "index")["rows"]}
+    (out / "corpus.json").write_text(json.dumps(counts))
 
 
 def find_candidates(stages: Sequence[Stage], store: Store, search: Search = search) -> None:
@@ -133,8 +140,10 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     if not todo:
         return
     params, (index,) = todo[0].params, todo[0].inputs
+    folder = store.path(index.kind, index.key)
+    counts = folder / "corpus.json"
     tables = candidates_by_class(
-        store.path(index.kind, index.key) / "index",
+        folder / "index",
         load_clip(todo[0].places["clip"]),
         [stage.params["prompt"] for stage in todo],
         params["count"],
@@ -145,6 +154,8 @@ def find_candidates(stages: Sequence[Stage], store: Store, search: Search = sear
     for stage, table in zip(todo, tables, strict=True):
         with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
             pq.write_table(table, out / "candidates.parquet")
+            if counts.exists():  # not beside an index of earlier versions
+                shutil.copy(counts, out)  # for the report, which does without the index
 
 
 def regularization(work: Work) -> None:
@@ -195,13 +206,13 @@ def regularization_set(artifact: Path) -> RegularizationSet:
 def features(work: Work) -> None:
     params, backbone = work.stage.params, _backbone(work.stage.places["base"], torch.float32)
     own = _planned_images(work.stage.places["images"], params["images"])
-    made = concept_features(
-        backbone, own.images, own.digests, views=params["views"] or 1, augment=params["views"] > 0, seed=params["seed"]
-    )
+    how = {"seed": params["seed"], "flip": params.get("flip", False)}
+    views = {"views": params["views"] or 1, "augment": params["views"] > 0}
+    made = concept_features(backbone, own.images, own.digests, **views, **how)
     made.save(work.out / "concept.safetensors")
     for path in [*work.inputs.get("regularization", []), *work.inputs.get("generated", [])]:
         samples = regularization_set(path)
-        regularization_features(backbone, samples, seed=params["seed"]).save(work.out / "regularization.safetensors")
+        regularization_features(backbone, samples, **how).save(work.out / "regularization.safetensors")
 
 
 def train_pack(
@@ -213,7 +224,7 @@ def train_pack(
     """Train the stages as one concept pack over one resident base; those the store has are left out.
 
     Each artifact is written as its member ends. strategy: how the ranks that call this alike share the work.
-    Returns: key -> why, of the stages whose training diverged.
+    Returns: key -> why, of the stages whose training diverged or whose features cannot be read.
     """
     strategy = strategy or Single()
     todo = [stage for stage in stages if not store.has(stage.kind, stage.key)]
@@ -226,8 +237,20 @@ def train_pack(
         backbone.unet.enable_gradient_checkpointing()
     else:
         backbone.unet.disable_gradient_checkpointing()
-    members = [_member(stage, store) for stage in todo]
-    stage_of = {id(member): stage for member, stage in zip(members, todo, strict=True)}
+    failures: dict[str, str] = {}
+    members: list[Member] = []
+    stage_of: dict[int, Stage] = {}
+    for stage in todo:
+        try:
+            members.append(_member(stage, store))
+        except (ValueError, OSError) as error:  # damaged features are to sink no other member
+            if strategy.ranks > 1:  # the others would wait for this one
+                raise
+            failures[stage.key] = str(error)
+            continue
+        stage_of[id(members[-1])] = stage
+    if not members:
+        return failures
 
     def sample(member: Member, path: Path, step: int) -> None:
         prompts = [member.settings.prompt.format(c.phrase) for c in member.concepts for _ in range(4)]
@@ -242,7 +265,6 @@ def train_pack(
         if strategy.rank == 0:
             progress(stage_of[id(member)], "steps", step, member.settings.steps)
 
-    failures = {}
     seconds, since, active = 0.0, time.time(), len(members)
     with backbone.compiled() if places["compile"] else contextlib.nullcontext():
         for member, result in train(backbone, members, strategy=strategy, sample=sample, progress=report_step):
@@ -335,11 +357,13 @@ def merge_concepts(work: Work) -> None:
     concepts = [concept for entry in described for concept in entry["concepts"]]
     tokens: dict[str, list[torch.Tensor]] = {}
     for path in work.inputs["constraints"]:
-        tokens |= tokens_from(load_tensors(path / "tokens.safetensors")[0])
+        file = path / "tokens.safetensors"
+        tokens |= tokens_from(load_tensors(file)[0], file)
     captions = _captions(work.inputs.get("regularization", []), settings["captions"], concepts)
     rows = regularization_rows(backbone, captions)
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
     gram, _ = damped_gram(rows, settings["damping"])
+    limits = {key: settings[key] for key in ("damping", "max_drift", "penalty")}
     if "train" in work.inputs:
         # one set of weights (a single concept, or joint training) needs no merge, only compression
         deltas = ConceptWeights.load(work.input("train") / "weights.safetensors").deltas
@@ -347,18 +371,9 @@ def merge_concepts(work: Work) -> None:
         solved = report(full, _constraints(work), rows, base)
     elif "sums" in work.inputs:
         sums = functools.reduce(operator.add, (Sums.load(path / "sums.safetensors") for path in work.inputs["sums"]))
-        full, solved = merge_sums(
-            sums, _constraints(work), rows, base, damping=settings["damping"], penalty=settings["penalty"]
-        )
+        full, solved = merge_sums(sums, _constraints(work), rows, base, **limits)
     else:
-        full, solved = merge(
-            list(_constraints(work)),
-            rows,
-            base,
-            form=settings["form"],
-            damping=settings["damping"],
-            penalty=settings["penalty"],
-        )
+        full, solved = merge(list(_constraints(work)), rows, base, form=settings["form"], **limits)
     metadata = {"base": backbone.digest, "concepts": concepts}
     full = dataclasses.replace(full, tokens=tokens, metadata=metadata)
     small, error = full, 0.0
@@ -385,6 +400,7 @@ def merge_concepts(work: Work) -> None:
         "rows": solved.rows,
         "regularization_captions": len(captions),
         "condition": solved.condition if math.isfinite(solved.condition) else None,
+        "penalty": solved.penalty,
         "drift": solved.drift,
         "residuals": solved.residuals,
         "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},
@@ -532,7 +548,7 @@ def release(work: Work) -> None:
     if isinstance(model, MergedModel):
         write_formats(model, backbone.pipe, work.out, params["name"])
     else:
-        write_whole(model, backbone, work.out)
+        write_whole(model, backbone, work.out, params["name"])
     tables: dict[str, list[pd.DataFrame]] = {}
     strips = []
     for stage, path in zip(work.stage.inputs_of("evaluate"), work.inputs["evaluate"], strict=True):
@@ -542,7 +558,7 @@ def release(work: Work) -> None:
     evaluated = {concept: measures(pd.concat(parts)) for concept, parts in tables.items()}
     _stacked(strips).save(work.out / "samples.png")
     merge_report = json.loads((work.input("merge") / "report.json").read_text())
-    for name, content in (("spec", params["spec"]), ("measures", evaluated), ("merge", merge_report)):
+    for name, content in (("spec", public(params["spec"])), ("measures", evaluated), ("merge", merge_report)):
         (work.out / f"{name}.json").write_text(json.dumps(content, indent=1))
     cards = [
         CardConcept(

@@ -2,7 +2,7 @@
 
     <root>/<kind>/<key>/…files… + manifest.json      whole artifacts; the manifest is written last
     <root>/.scratch/<key>/                           a stage's checkpoints, local, gone when it is finished
-    <root>/.building/<host>.<pid>.…/                 artifacts being built
+    <root>/.building/<machine>.<pid>.<start>.…/      artifacts being built, by whom
 
 The root is a local path or an fsspec URL. On a local root an artifact is built in a temporary folder beside its place
 and renamed; on a URL it is built locally, uploaded, and is whole once its manifest is there.
@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,14 @@ from typing import Any
 
 import fsspec
 
+from training.durable import replace
+
 MANIFEST = "manifest.json"
 DAY = 86_400
 """Seconds."""
+
+BEAT = 600
+"""Seconds between two signs of life of what is being built."""
 
 
 def file_digest(path: Path) -> str:
@@ -67,7 +73,10 @@ class Store:
         if self.is_local or not self.has(kind, key):
             raise FileNotFoundError(f"{self.root}: no artifact {kind}/{key}")
         with self._building(folder) as part:
-            self.fs.get(f"{self.base}/{kind}/{key}/", f"{part}/", recursive=True)
+            place = f"{self.base}/{kind}/{key}"
+            # a list of files, since a folder's name with brackets would be a pattern
+            names = [path.removeprefix(f"{place}/") for path in self.fs.find(place)]
+            self.fs.get([f"{place}/{name}" for name in names], [f"{part}/{name}" for name in names])
         return folder
 
     def manifest(self, kind: str, key: str) -> dict[str, Any]:
@@ -97,11 +106,14 @@ class Store:
         shutil.rmtree(self.local / ".scratch" / key, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-built: of this machine; of others, what nothing was written to for a
-        day."""
+        """Remove what killed processes left half-built: of processes that this one could see, at once; of others, on
+        another machine or in another container, what showed no sign of life for a day."""
         for part in (self.local / ".building").glob("*"):
-            pid = part.name.removeprefix(f"{socket.gethostname()}.").split(".")[0]
-            dead = not _is_alive(int(pid)) if pid.isdecimal() else time.time() - _last_written(part) > DAY
+            machine, _, process = part.name.rpartition(".")[0].partition(".")
+            if machine == _machine():
+                dead = process != _process(process.partition(".")[0])
+            else:
+                dead = time.time() - _last_written(part) > DAY
             if dead:
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -110,16 +122,37 @@ class Store:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = self.local / ".building"
         building.mkdir(exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}.{os.getpid()}.", dir=building))
+        owner = f"{_machine() or socket.gethostname()}.{_process(str(os.getpid())) or os.getpid()}"
+        part = Path(tempfile.mkdtemp(prefix=f"{owner}.", dir=building))
         try:
-            yield part
+            with _beating(part):
+                yield part
             try:
-                os.replace(part, folder)
+                replace(part, folder)
             except OSError:
                 if not (folder / MANIFEST).exists():  # else another process was first with the same artifact
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _beating(part: Path) -> Iterator[None]:
+    """Inside the block, a folder's time shows that it is being worked on, also while nothing is written there."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(part)
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
 
 
 def _last_written(folder: Path) -> float:
@@ -130,14 +163,24 @@ def _last_written(folder: Path) -> float:
         return time.time()
 
 
-def _is_alive(pid: int) -> bool:
+def _machine() -> str:
+    """What the processes have in common that see each other, and no others: one start of a machine, and on it one
+    container. Not the host's name, which several may have. Empty where it cannot be told (no Linux)."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return content_key([boot, os.readlink("/proc/self/ns/pid")])
+    except OSError:
+        return ""
+
+
+def _process(pid: str) -> str:
+    """Number and start of a process of this `_machine`, as the number alone comes again; empty when it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    state, *values = stat.rpartition(")")[2].split()  # after its name, which may hold anything
+    return "" if state in "ZX" else f"{pid}.{values[18]}"
 
 
 def _cache_of(root: str) -> Path:

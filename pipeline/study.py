@@ -11,14 +11,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.evaluation.composition import Composed, composition
 from pipeline.evaluation.intervals import Estimate, mean, share
@@ -26,9 +26,11 @@ from pipeline.evaluation.kid import kid
 from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
-from pipeline.plan import Plan, Stage, make_plan, of_bare_class, of_pair
+from pipeline.places import located
+from pipeline.plan import Plan, Stage, check_pair, make_plan, of_bare_class, of_pair
+from pipeline.reading import LONGEST_NAME, shown
 from pipeline.sampling import grid
-from pipeline.spec import Section, batch_from, clip_path, read_mapping, validated
+from pipeline.spec import BatchFile, Place, Section, Seed, batch_from, clip_path, local_folder, read_mapping, validated
 from pipeline.stages import regularization_set
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
@@ -64,14 +66,14 @@ class Variant(Section):
 
 
 class Table(Section):
-    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    name: str = Field(pattern=r"^[a-z0-9-]+$", max_length=LONGEST_NAME)
     """Of its files."""
     title: str = ""
     model: Literal["single", "merged"] = "single"
     """What is measured: each concept's own weights, or all the concepts' together."""
     concepts: tuple[str, ...] = ()
     """Of the batch's; all when empty."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Of the training; the study's when empty."""
     pair_prompts: tuple[str, ...] = ()
     """Prompts with `{0}` and `{1}`: how often both concepts of a batch of two appear in one image."""
@@ -106,11 +108,12 @@ class Table(Section):
 
 
 class Study(Section):
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str = "docs/study"
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
+    output: Annotated[str, AfterValidator(local_folder)] = "docs/study"
     """Folder of tables and figures, relative to the working directory."""
-    store: str = "runs/{name}/store"
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    store: Place = ""
+    """As a batch's; `runs/<name>/store` in the working directory when empty."""
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """Of the training; the images' seeds are the same for all."""
     batch: dict[str, Any]
     """What all variants share, as in a batch file."""
@@ -132,7 +135,14 @@ class Case:
 
 def load_study(path: Path) -> Study:
     """Raises: ValueError naming the file, the key, what was found and what is allowed."""
-    return validated(Study, read_mapping(path, "study file (.yaml)", "tables"), path)
+    written = read_mapping(path, "study file (.yaml)", "tables")
+    return validated(Study, written.value, path, written)
+
+
+def store_of(study: Study, path: Path) -> Store:
+    """path: of the study's file."""
+    place = located(study.store, path.parent) or "runs/{name}/store"
+    return Store(place.replace("{name}", study.name))
 
 
 def cases(study: Study, path: Path) -> Iterator[Case]:
@@ -143,16 +153,20 @@ def cases(study: Study, path: Path) -> Iterator[Case]:
     for table in study.tables:
         for variant in table.variants:
             for seed in table.seeds or study.seeds:
-                data = _changed(study.batch, variant.changes | {"name": study.name})
-                data["training"] = data.get("training", {}) | {"seed": seed}
                 try:
+                    data = _changed(study.batch, variant.changes)
+                    data = _changed(data, {"name": study.name, "training": {"seed": seed}})
                     for group in _groups(data, table, variant):
-                        yield _case(table, variant.name, seed, make_plan(batch_from(data | {"concepts": group}, path)))
+                        file = BatchFile(path, data | {"concepts": group})
+                        yield _case(table, variant.name, seed, make_plan(batch_from(file)))
                 except ValueError as error:
                     raise ValueError(f"{path}: table {table.name}, variant {variant.name!r}: {error}") from None
 
 
-def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _changed(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Raises: ValueError where a mapping is to change what is none."""
+    if not isinstance(base, dict):
+        raise ValueError(f"expected a mapping with the keys of {', '.join(changes)}; found {shown(base)}")
     merged = copy.deepcopy(base)
     for key, value in changes.items():
         merged[key] = _changed(merged.get(key) or {}, value) if isinstance(value, dict) else value
@@ -163,8 +177,11 @@ def _groups(data: dict[str, Any], table: Table, variant: Variant) -> list[list[d
     """The concepts of each batch: as many together as the variant says; each alone where it has to be.
 
     New tokens are made of the names: by their place, a concept would be another training in each batch."""
-    method = METHODS.get(data["training"].get("method", "custom_diffusion"))
-    named = {concept.get("name"): concept for concept in data.get("concepts", [])}
+    method = METHODS.get(str(data["training"].get("method", "custom_diffusion")))
+    concepts = data.get("concepts")
+    if not isinstance(concepts, list) or not all(isinstance(concept, dict) for concept in concepts):
+        raise ValueError(f"batch.concepts: expected a list of mappings, found {shown(concepts)}")
+    named = {str(concept.get("name")): concept for concept in concepts}
     if method is not None and method.token == "new":
         named = {
             name: concept if concept.get("new_category") else {"token": f"<{name}>"} | concept
@@ -189,6 +206,10 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
             stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
     pairs: tuple[dict[str, Stage], ...] = ()
     if table.pair_prompts:
+        try:
+            check_pair(plan.batch, plan.batch.concepts, table.pair_prompts)
+        except ValueError as error:
+            raise ValueError(f"pair_prompts: {error}") from None
         first, second = stages.values()
         pairs = ({m: of_pair(first[m], second[m], table.pair_prompts) for m in ("base", "tuned")},)
     wanted = [stage for each in (*stages.values(), *pairs) for stage in each.values()]
@@ -344,7 +365,8 @@ def weight_changes(made: Sequence[Case], store: Store, backbone: Backbone) -> pd
 def write_study(study: Study, made: Sequence[Case], store: Store, backbone: Backbone, folder: Path) -> None:
     """`README.md` with a table and a plot for each of the study's, `scores.parquet`, `summary.parquet`, pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    clip = load_clip(clip_path(made[0].plan.batch.evaluation.clip))
+    batch = made[0].plan.batch
+    clip = load_clip(clip_path(batch.evaluation.clip, batch.folder))
     scores, summary = results(made, store, clip)
     scores.to_parquet(folder / "scores.parquet")
     summary.to_parquet(folder / "summary.parquet")

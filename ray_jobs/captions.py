@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 
 from pipeline.plan import Stage
+from pipeline.stages import count_rows
 from pipeline.store import Store
 from retrieval.clip import load_clip
 from retrieval.corpus import corpus_files, precomputed, read_corpus
@@ -37,6 +38,7 @@ def index_on_actors(stage: Stage, store: Store, *, devices: int, cpus: int, gpus
     blocks = encoded_corpus(stage.places["corpus"], clip, actors=devices, cpus=cpus, gpus=gpus)
     with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
         build_index_from_blocks(blocks, out / "index", model=load_clip(clip).digest)
+        count_rows(out, stage.places["corpus"])
 
 
 def encoded_corpus(

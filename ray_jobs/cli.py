@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
+import math
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.places import masked
+from ray_jobs.limits import EXIT as OUT_OF_TIME
+from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.releases import app as releases
+from ray_jobs.terminal import print
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(releases, name="release")
@@ -23,30 +32,54 @@ BatchFile = Annotated[
     Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
 ]
 Output = Annotated[str | None, typer.Option(help="Folder for store, report and releases, instead of the batch's own.")]
+Deadline = Annotated[
+    float, typer.Option(min=0, help="Minutes after which the run ends itself; what was finished is kept.")
+]
+DeviceWait = Annotated[
+    float, typer.Option(min=0, envvar="POLYCONCEPT_DEVICE_WAIT", help="Minutes to wait for a cluster's first device.")
+]
+Gpu = Annotated[
+    bool, typer.Option("--gpu", envvar="POLYCONCEPT_GPU", help="Use GPUs only: wait for one where there is none yet.")
+]
 
 
 def _load(path: Path, output: str | None):
-    from pipeline.spec import load_batch
+    from pipeline.spec import load_batch, overridden
 
-    batch = load_batch(path)
-    return batch.model_copy(update={"output": output}) if output else batch
+    return overridden(load_batch(path), output=output)
 
 
 @app.command()
-def run(batch_file: BatchFile, output: Output = None) -> None:
+def run(
+    batch_file: BatchFile,
+    output: Output = None,
+    deadline: Deadline = math.inf,
+    device_wait: DeviceWait = math.inf,
+    gpu: Gpu = False,
+) -> None:
     """Do everything a batch asks for: retrieve, train, merge, measure, publish, report.
 
-    Exit code 1 when concepts that failed were left out, as `merge.partial` allows; 2 when nothing was released.
+    Exit code 5 when concepts that failed were left out, as `merge.partial` allows; 2 when something failed;
+    124 when the time was up.
     """
+    limits = Limits(deadline, device_wait, gpu)
+    from ray_jobs.concept_batch import Exit
     from ray_jobs.concept_batch import run as run_batch
 
-    outcome = run_batch(_load(batch_file, output))
-    _print_summary(outcome.summary)
-    print(f"made release {outcome.release}, report {outcome.report}, figures {outcome.report.parent / 'summary.json'}")
+    batch = _load(batch_file, output)
+    _refuse_overwriting(_results(batch.output_path), [batch_file])
+    outcome = run_batch(batch, limits)
+    made = f"made release {masked(outcome.release)}"
+    if outcome.report:
+        _print_summary(outcome.summary)
+        made += f", report {outcome.report}, figures {outcome.report.parent / 'summary.json'}"
+    print(made)
+    if outcome.hub:
+        print(f"it is at {outcome.hub}")
     if outcome.failures:
         for failure in outcome.failures:
-            print(f"left out: {failure}", file=sys.stderr)
-        raise typer.Exit(1)
+            print(f"left out: {masked(failure)}", file=sys.stderr)
+        raise typer.Exit(Exit.PARTIAL)
 
 
 @app.command()
@@ -54,15 +87,21 @@ def retrain(
     retraining_file: Annotated[Path, typer.Argument(help="A batch file with `catalogue` in the place of `concepts`.")],
     output: Output = None,
     wait: Annotated[float, typer.Option(min=0, help="Minutes to wait for another run at the same releases.")] = 0,
+    deadline: Deadline = math.inf,
+    device_wait: DeviceWait = math.inf,
+    gpu: Gpu = False,
 ) -> None:
     """Bring releases up to date with a concept catalogue: train what changed, publish if the gate passes.
 
-    Exit code 0: released, or nothing changed; 1: so, but concepts that failed were left out; 2: bad input or a failure;
-    3: the gate refused, the candidate is kept; 4: another run is at work.
+    Exit code 0: released, or nothing changed; 2: bad input or a failure; 3: the gate refused, the candidate is kept;
+    4: another run is at work; 5: released, or nothing changed, but concepts that failed were left out; 124: the time
+    was up.
     """
+    limits = Limits(deadline, device_wait, gpu)
     from pipeline.release.lease import Busy
-    from pipeline.spec import load_retraining
-    from ray_jobs.retrain import Exit, JsonLines
+    from pipeline.spec import load_retraining, overridden
+    from ray_jobs.concept_batch import Exit
+    from ray_jobs.retrain import JsonLines
     from ray_jobs.retrain import retrain as bring_up_to_date
 
     logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
@@ -75,26 +114,27 @@ def retrain(
         logger.info("end", extra={"exit": int(code), "seconds": round(time.monotonic() - start, 1)})
 
     try:
-        asked = load_retraining(retraining_file)
-        asked = asked.model_copy(update={"output": output}) if output else asked
-        outcome = bring_up_to_date(asked, wait * 60)
+        asked = overridden(load_retraining(retraining_file), output=output)
+        _refuse_overwriting(_results(asked.output_path), [retraining_file])
+        outcome = bring_up_to_date(asked, wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
-        log_end(Exit.BUSY if isinstance(error, Busy) else Exit.BAD_INPUT)
+        ends = {Busy: Exit.BUSY, OutOfTime: Exit.OUT_OF_TIME}
+        log_end(ends.get(type(error), Exit.BAD_INPUT))
         if not isinstance(error, Busy):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         raise typer.Exit(Exit.BUSY) from None
     log_end(outcome.exit)
     for line in outcome.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"left out: {masked(line)}", file=sys.stderr)
     if outcome.exit == Exit.REFUSED:
         for verdict in outcome.verdicts:
             if not verdict.passed:
                 print(f"refused: {verdict}", file=sys.stderr)
-        print(f"kept the candidate {outcome.place}; the latest release is what it was")
+        print(f"kept the candidate {masked(outcome.place)}; the latest release is what it was")
     else:
-        print(f"the latest release is {outcome.place}")
+        print(f"the latest release is {masked(outcome.place)}")
     if outcome.exit:
         raise typer.Exit(outcome.exit)
 
@@ -134,7 +174,7 @@ def plan(
         return
     store, device = Store(batch.store_url), _this_device()
     cost = estimates(made, cuda=device.cuda)
-    print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {batch.store_url}")
+    print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {masked(batch.store_url)}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
     seconds = 0.0
     needs: dict[str, float] = {}  # kind -> GiB of what is to do
@@ -201,18 +241,23 @@ def submit(
     output: Output = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
 ) -> None:
-    """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code 1 when the job
-    fails."""
+    """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code that of the job's
+    `run`; 1 when it was stopped or lost."""
     from ray_jobs.jobs import follow
     from ray_jobs.jobs import submit as submit_job
 
     job = submit_job(batch_file, address, output)
     print(f"submitted {job}", flush=True)
-    if wait:
-        status = asyncio.run(follow(job, address))
-        print(f"{job} {status.value}")
-        if status.value != "SUCCEEDED":
-            raise typer.Exit(1)
+    if not wait:
+        return
+    try:
+        details = asyncio.run(follow(job, address))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"interrupted; {job} goes on: `polyconcept status` and `polyconcept stop` name it", file=sys.stderr)
+        raise _Told(stop.code if isinstance(stop, SystemExit) else 130) from None
+    print(f"{job} {details.status.value}")
+    if details.status.value != "SUCCEEDED":
+        raise typer.Exit(details.driver_exit_code or 1)
 
 
 @app.command()
@@ -252,15 +297,16 @@ def sample(
         raise ValueError(f"--out {out}: give a .png, .jpg or .webp file in a folder that is there")
     from tqdm import tqdm
 
-    from pipeline.merge.files import load_change
+    from pipeline.merge.files import load_change, weights_file
     from pipeline.sampling import draw, grid
     from pipeline.spec import base_path
     from training.backbone import load_backbone
 
-    deltas, tokens, digest = load_change(weights)
+    file = weights_file(weights)
+    folder = [] if file == weights else [os.path.dirname(file)]  # of a release, which is not to be added to
+    _refuse_overwriting({"--out": out}, [weights, *folder, base_path(base)])
     backbone = load_backbone(base_path(base))
-    if digest and digest != backbone.digest:
-        raise ValueError(f"{weights} was trained over a base with digest {digest}, but {base!r} has {backbone.digest}")
+    deltas, tokens = load_change(weights, backbone)
     prompts = [p for p in prompt for _ in range(count)]
     with backbone.changed(deltas, tokens), tqdm(total=len(prompts), unit="image") as bar:
         images = draw(
@@ -303,6 +349,9 @@ def merge(
     from pipeline.merge.files import merge_files
     from pipeline.spec import base_path
 
+    read = [captions, base_path(base), *(weights or ()), *(remove or ())]
+    _refuse_overwriting({"--out": out}, [*read, *([sums] if sums else [])])
+    _refuse_overwriting({"--sums": sums} if sums else {}, [*read, out])
     model, report = merge_files(
         weights or (), captions, base_path(base), form=form, sums=sums, remove=remove or (), out=out
     )
@@ -323,13 +372,16 @@ def publish(
 ) -> None:
     """Publish a prepared folder as the next version, whole or not at all; or copy a release to the Hugging Face hub."""
     from pipeline.release.hub import SCHEME, push
+    from pipeline.release.place import plain_place
     from pipeline.release.publish import publish as publish_folder
 
     if destination.startswith(SCHEME):
         print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
         return
-    info = publish_folder(Path(folder), destination, signing_key=signing_key)
-    print(f"{'made release' if info.created else 'the same content is there already as'} {info.url}")
+    if "://" not in destination:
+        _refuse_overwriting({"destination": Path(destination)}, [folder])
+    info = publish_folder(Path(plain_place(folder)), destination, signing_key=signing_key)
+    print(f"{'made release' if info.created else 'the same content is there already as'} {masked(info.url)}")
 
 
 @app.command()
@@ -349,6 +401,8 @@ def report(batch_file: BatchFile, output: Output = None) -> None:
         )
     release = resolve(batch.release_url)
     folder = Path(batch.output_path)
+    _refuse_overwriting(_results(folder), [batch_file])
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary(made, store, release), indent=1))
     write_report(made, store, release, folder / "report.html")
     print(f"made {folder / 'report.html'} and {folder / 'summary.json'}")
@@ -372,14 +426,18 @@ def serve_preference(
     answers: Annotated[
         Path | None, typer.Option(help="SQLite file the answers go to; FOLDER/answers.sqlite by default.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets those in who know the printed address.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of images a rater is asked about, at most.")] = 50,
 ) -> None:
     """Show images of different methods side by side on a web page, and store which ones people prefer."""
     from pipeline.evaluation.preference import serve
 
-    serve(folder, answers or folder / "answers.sqlite", host=host, port=port, pairs=pairs)
+    answers = answers or folder / "answers.sqlite"
+    _refuse_overwriting({"--answers": answers}, [folder / "images.parquet", folder / "images.csv"])
+    serve(folder, answers, host=host, port=port, pairs=pairs)
 
 
 @preference.command("report")
@@ -422,6 +480,26 @@ def _print_summary(figures: dict[str, Any]) -> None:
     )
 
 
+def _results(output: str | Path) -> dict[str, Path]:
+    """What a run writes to its output folder under names that a file of the user's may have."""
+    return {name: Path(output) / name for name in ("report.html", "summary.json")}
+
+
+def _refuse_overwriting(outputs: dict[str, Path], inputs: Iterable[str | Path]) -> None:
+    """outputs: files or folders to be written, by what names them. inputs: files and folders that are read; what is no
+    path here (a URL, a model's name on the hub) is passed over.
+
+    Raises: ValueError when one of the outputs is one of the inputs, or in it.
+    """
+    for name, out in outputs.items():
+        for read in map(Path, inputs):
+            same = out.resolve() == read.resolve()
+            same = same or (out.exists() and read.exists() and out.samefile(read))  # hard links
+            if same or (read.is_dir() and out.resolve().is_relative_to(read.resolve())):
+                where = "is read or written, too" if same else f"is in {read}, which is read"
+                raise ValueError(f"{name} {out}: {where}; give another place")
+
+
 def _is_from_outside(error: Exception) -> bool:
     """Whether S3's client or Ray raised it, for which they have no OSError. Not imported: none of theirs."""
     kinds = (("botocore.exceptions", "BotoCoreError"), ("ray.exceptions", "RayError"))
@@ -434,35 +512,62 @@ def _is_missing_storage(error: ImportError) -> bool:
     return frame.f_globals.get("__name__") == "fsspec.registry"
 
 
+class _Told(SystemExit):
+    """The end of a command that has said itself what became of it."""
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what is under way to end is not to be disturbed
+    sys.exit(128 + number)
+
+
+STOPPED = (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
+"""Exit codes after Ctrl-C (typer's) and these signals."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake, and what the storage or Ray cannot do, is a message and exit code 2; a fault
-    of ours is a traceback and exit code 2, too: 1 says that something was released."""
+    of ours is a traceback and exit code 2, too; Ctrl-C and a signal to end are a message and 128 and their number."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     # of products of 4-bit matrices, of which there are none
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]  # not nohup's
+    for number in ending:
+        signal.signal(number, _stop)
     try:
         app(arguments)
+    except _Told:
+        raise
     except SystemExit as stop:
-        if stop.code == 130:  # typer's for Ctrl-C
+        if stop.code in STOPPED:
             print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
         raise
-    except ValueError as error:
+    except OutOfTime as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(OUT_OF_TIME)
+    except ValueError as error:
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # of a copy both: which of them the disk is full of, or cannot be read, is not said
         names = [str(name) for name in (error.filename, error.filename2) if name]
         place = f"{' -> '.join(names)}: " if names else ""
-        print(f"error: {place}{error.strerror or error}; nothing half-written was kept", file=sys.stderr)
+        told = masked(f"{place}{error.strerror or error}")
+        print(f"error: {told}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if _is_from_outside(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr)
         elif isinstance(error, ImportError) and _is_missing_storage(error):
-            print(f"error: {error}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
+            print(f"error: {masked(str(error))}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)
         else:
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

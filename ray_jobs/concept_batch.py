@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import functools
-import getpass
 import importlib.metadata
 import json
+import math
 import os
-import socket
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,36 +29,64 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline.estimate import Device, pack_size, stage_bytes
+from pipeline.places import masked
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
+from pipeline.release.hub import push
+from pipeline.release.manifest import public
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
-from pipeline.spec import Concept, ConceptBatch
+from pipeline.spec import Concept, ConceptBatch, Settings
 from pipeline.stages import find_candidates, run_stage, shown, train_pack
 from pipeline.store import Store, content_key
-from ray_jobs.board import Board, Failure
+from ray_jobs.board import Board, Failure, Notes
 from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
+from ray_jobs.limits import EXIT as OUT_OF_TIME
+from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.metrics import trainings_ended
 from ray_jobs.ranks import on_ranks, train_on_ranks
-from training.backbone import base_digest
+from ray_jobs.same_code import SameCode, code_here
+from ray_jobs.terminal import print, printable
+from training.base import base_digest
+from training.tokens import spelling
 
 ON_DEVICE = {
-    "index",
-    "candidates",
-    "generated",
-    "features",
-    "train",
-    "constraints",
-    "merge",
-    "evaluate",
-    "compose",
-    "release",
+    "index": 1,
+    "candidates": 1,
+    "generated": 4,
+    "features": 4,
+    "train": 1,
+    "constraints": 4,
+    "merge": 1,
+    "evaluate": 4,
+    "compose": 4,
+    "release": 1,
 }
-"""Stages that run the model, on a GPU where the cluster has any."""
+"""Kinds of stages that run the model, on a GPU where the cluster has any; and how many of them share a node's cores
+where it has none. However many there are to do, and whatever runs beside them: the number of threads changes rounding,
+and a stage is to give the same bits each time."""
+
+
+class Exit(enum.IntEnum):
+    """How a run or a retraining ended. Never 1, with which Python and Ray end a process that they give up."""
+
+    DONE = 0
+    """Released; or, of a retraining, nothing changed, or the catalogue asks for what people rolled back from."""
+    BAD_INPUT = 2
+    """Bad input, or something failed; the message says what."""
+    REFUSED = 3
+    """The gate refused; the candidate is kept."""
+    BUSY = 4
+    """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
+    PARTIAL = 5
+    """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
+    OUT_OF_TIME = OUT_OF_TIME
+    """The deadline passed, or no device came in time: nothing was released, what was finished is kept."""
 
 
 class StageFailed(ValueError):
@@ -65,38 +95,62 @@ class StageFailed(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made. failures: what went wrong with the concepts that were left out (`merge.partial`)."""
+    """What a run made. report: None, and no summary, when they could not be written. failures: what went wrong with the
+    concepts that were left out (`merge.partial`); hub: the release's place there, where `publish.hub` asks for it."""
 
     release: str
-    report: Path
+    report: Path | None
     summary: dict[str, Any]
     failures: tuple[str, ...] = ()
+    hub: str = ""
 
 
-def run(batch: ConceptBatch) -> Outcome:
-    """Do all stages of a batch that are not done yet, publish the release and write the report.
+NO_LIMITS = Limits()
 
-    Raises: ValueError for bad input; StageFailed naming every stage that failed.
+
+def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
+    """Do all stages of a batch that are not done yet, publish the release (to the hub, too) and write the report.
+
+    Raises: ValueError for bad input, and where the hub cannot be had; StageFailed naming every stage that failed;
+        OutOfTime as `limits` say.
     """
     if os.environ.get("RAY_ADDRESS"):
         batch.check_places()
-    signer(batch.publish.signing_key)  # a key that cannot be used is said now, not after the training
+    signer(batch.signing_key)  # a key that cannot be used is said now, not after the training
     store = Store(batch.store_url)
     store.sweep()
     plan, failures = plan_usable(batch)
-    plan, failed = build(plan, store)
+    plan, failed = build(plan, store, limits)
     last = plan.stages[-1]
     folder = store.path(last.kind, last.key)
-    release = publish(folder, batch.release_url, provenance(plan, store), batch.publish.signing_key)
-    report, figures = write_results(plan, store, release.url)
-    return Outcome(release.url, report, figures, (*failures.values(), *failed))
+    release = publish(folder, batch.release_url, provenance(plan, store), batch.signing_key)
+    report: Path | None = None
+    figures: dict[str, Any] = {}
+    try:
+        report, figures = write_results(plan, store, release.url)
+    except Exception as error:  # of every kind: the release is there, and its run has not failed
+        print(f"note: released, but the report was not written: {masked(str(error))}", file=sys.stderr)
+        print("note: `polyconcept report` writes it again", file=sys.stderr)
+    hub = push_release(batch, release.url)
+    return Outcome(release.url, report, figures, (*failures.values(), *failed), hub)
 
 
-def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
+def push_release(settings: Settings, release: str) -> str:
+    """Copy a release to the hub that the settings name, also when it is not new: that may have failed last time.
+    Returns its place there, empty when they name none. Raises: ValueError when the hub cannot be had or refuses."""
+    if not settings.publish.hub:
+        return ""
+    try:
+        return push(release, settings.publish.hub)
+    except ValueError as error:
+        raise ValueError(f"{release} is released, but not on the hub; run again to copy it: {error}") from None
+
+
+def build(plan: Plan, store: Store, limits: Limits) -> tuple[Plan, list[str]]:
     """Do the stages of a plan that are not done yet.
 
     Returns: the plan that was carried out, and what failed where `merge.partial` allows to go on with the rest.
-    Raises: StageFailed naming every stage that failed, where it does not.
+    Raises: StageFailed naming every stage that failed, where it does not; OutOfTime.
     """
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -105,11 +159,11 @@ def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
     left_out: list[str] = []
     try:
         with ray_session():
-            failed = run_stages([plan], store)
+            failed = run_stages([plan], store, limits)
             if failed and (rest := _trained(plan, store)) and plan.batch.merge.partial:
                 plan = make_plan(plan.batch.model_copy(update={"concepts": rest}))
                 left_out = failed
-                failed = run_stages([plan], store)
+                failed = run_stages([plan], store, limits)
             if failed:
                 raise StageFailed("\n".join(left_out + failed))
     finally:
@@ -125,8 +179,11 @@ def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[st
     (output / "summary.json").write_text(json.dumps(figures, indent=1))
     write_report(plan, store, release, output / "report.html")
     for name, concept in figures["concepts"].items():
-        if shortfall := concept.get("regularization", {}).get("shortfall"):
+        regularization = concept.get("regularization", {})
+        if shortfall := regularization.get("shortfall"):
             print(f"note: {name}: regularisation: {shortfall}", file=sys.stderr)
+    for line in figures["left_out"]:
+        print(f"note: {line}", file=sys.stderr)
     return output / "report.html", figures
 
 
@@ -163,10 +220,10 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
     evaluated = json.loads((store.path(last.kind, last.key) / "measures.json").read_text())
     merged = {name: models["merged"] for name, models in evaluated.items()}
     packages = ("polyconcept", "torch", "diffusers", "transformers", "open_clip_torch", "ray")
-    return {
+    facts = {
         "batch": batch.name,
-        "made_by": batch.publish.made_by or f"{_user()}@{socket.gethostname()}",
-        "base": {"name": batch.base, "digest": base_digest(batch.base_path)},
+        "made_by": batch.publish.made_by,
+        "base": {"name": last.params["spec"]["base"], "digest": base_digest(batch.base_path)},
         "corpus": next((s.params["corpus"] for s in plan.of("index")), None),
         "concepts": {
             c.name: {
@@ -184,17 +241,11 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
         "spec": last.params["spec"],
         "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
     }
+    return public(facts)
 
 
 def _means(entries: list[dict[str, float]]) -> dict[str, float]:
     return {score: float(np.mean([e[score] for e in entries])) for score in shown(entries[0])}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # containers run under numbers that have no name
-        return str(os.getuid())
 
 
 def _commit() -> str | None:
@@ -220,13 +271,25 @@ def ray_session() -> Iterator[None]:
         yield
         return
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if not on_cluster and os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        print(
+            "note: RAY_AUTH_MODE=disabled lets other users of this machine run code in this Ray; unset it",
+            file=sys.stderr,
+        )
     # "local": without it Ray also takes up a cluster that someone once started on this machine
     options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
+    clusters, on_term = ray_constants.ENABLE_RAY_CLUSTER, signal.getsignal(signal.SIGTERM)
     try:
+        # without clusters, as on macOS, Ray listens at the loopback address only
+        ray_constants.ENABLE_RAY_CLUSTER = clusters and on_cluster
         ray.init(logging_level="ERROR", log_to_driver=False, **options)
     except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
         place = f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
         raise OSError(f"{place}: {error}") from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # Ray has put one of its own there
     try:
         yield
     finally:
@@ -248,6 +311,7 @@ def _work(
     """Do one stage, or several trainings as a pack, or the searches of an index as one. Failures are returned, not
     raised: what does not depend on them goes on. Key -> failure, also of what was finished before it."""
     torch.set_num_threads(share.cpus)
+    Notes.go_to(board)
     broken = {key for failures in upstream for key in failures}
     failures: dict[str, Failure] = {}
     runnable = list(stages)
@@ -284,14 +348,16 @@ def _work(
     return failures
 
 
-def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
+def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) -> list[str]:
     """Do what there is to do, of all plans at once; returns what failed, where it failed first.
 
-    Raises: ValueError when a plan asks for what the cluster has not.
+    Raises: ValueError when a plan asks for what the cluster has not; OutOfTime.
     """
-    if not _nodes():  # an autoscaler at rest: a first task has it start a worker, and shows what workers are like
-        print("no workers yet: waiting for the first", file=sys.stderr, flush=True)
-        ray.get(ray.remote(lambda: None).options(num_cpus=1, name="first worker").remote())
+    limits.check()
+    _wait_for_device(limits)
+    same_code = SameCode(code_here()) if os.environ.get("RAY_ADDRESS") else None  # a machine is the same as itself
+    if same_code:
+        same_code.check(seconds=60)
     plan_of = {stage.key: plan for plan in plans for stage in plan}
     asked = {stage.key: stage for plan in plans for stage in plan}  # each once: plans share many
     todo = [stage for stage in asked.values() if not store.has(stage.kind, stage.key)]
@@ -299,7 +365,7 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
     for kind in VERSIONS:  # a kind reads only kinds before it
         same = [stage for stage in todo if stage.kind == kind]
         if kind == "train":
-            jobs += _packs(plan_of, same)
+            jobs += _packs(plan_of, same, limits)
         elif kind == "candidates" and same:
             jobs.append(tuple(same))
         else:
@@ -310,7 +376,6 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
     smallest = int(min(node["Resources"].get("memory", 0) for node in nodes))
     devices = gpus or len(nodes)
     check_devices(plans, todo, cores, gpus)
-    counts = collections.Counter(stages[0].kind for stages in jobs)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside this process: other nodes may go away
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": len(jobs) + 1000}
@@ -327,16 +392,16 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
         # such a task only waits for processes that it has Ray start, and those take the resources
         spread = stages[0].places.get("distributor") == "ray"
         waits = together or spread or kind == "candidates" or on_actors(stages[0], devices)
-        at_once, memory = counts[kind], 0
+        memory, cpus = 0, 1
         if together:
-            at_once = min(at_once, max(1, devices // ranks))
+            at_once = max(1, devices // ranks)
+            cpus = 1 if gpus else max(1, min(most, cores // (at_once * ranks)))
             if len(waiting) >= at_once:
                 needs.add(waiting[-at_once])  # no more at a time than there are devices for
-        elif not (waits or gpus):
-            memory = min(smallest, stage_bytes(plan_of[stages[0].key], stages))
-            at_once = min(at_once, len(nodes) * (smallest // memory)) if memory else at_once
-        cpus = max(1, min(most, cores // (at_once * ranks))) if kind in ON_DEVICE and not gpus else 1
-        while cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
+        elif not gpus:
+            memory = 0 if waits else min(smallest, stage_bytes(plan_of[stages[0].key], stages))
+            cpus = max(1, most // ON_DEVICE[kind]) if kind in ON_DEVICE else 1
+        while together and cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
             cpus -= 1
         ref = (
             (on_gpu if gpus and kind in ON_DEVICE and not waits else work)
@@ -353,7 +418,14 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
             ref = board.ended.remote([stage.key for stage in stages], [ref])
         outcomes |= {stage.key: ref for stage in stages}
         waiting += [ref] if together else []
-    failures = _follow(jobs, outcomes, board, functools.partial(trainings_ended, plans[0].batch.name, store=store))
+    report = functools.partial(trainings_ended, plans[0].batch.name, store=store)
+
+    def check() -> None:
+        limits.check()
+        if same_code:
+            same_code.check()
+
+    failures = _follow(jobs, outcomes, board, report, check)
     missing = {stage.key: stage for stages in jobs for stage in stages if not store.has(stage.kind, stage.key)}
     messages = []
     for key, stage in missing.items():
@@ -361,8 +433,28 @@ def run_stages(plans: Sequence[Plan], store: Store) -> list[str]:
             unseen = Failure(f"done, but not in {store.root}, which all nodes have to reach")
             failure = failures.get(key, unseen)
             messages.append(f"{stage.kind} {stage.name}: {failure.message}")
-            print(failure.fault, file=sys.stderr, end="")  # ours, not the user's: worth having
+            print(masked(failure.fault), file=sys.stderr, end="")  # ours, not the user's: worth having
     return messages
+
+
+def _wait_for_device(limits: Limits) -> None:
+    """An autoscaler at rest has no workers, or none with a GPU: a first task has it start one, and shows what it is
+    like. Raises: OutOfTime when none comes; ValueError when there is no autoscaler."""
+    if limits.gpu and not os.environ.get("RAY_ADDRESS") and not ray.cluster_resources().get("GPU"):
+        raise ValueError("--gpu: Ray finds no GPU on this machine; leave it out, or use a cluster that has some")
+    if ray.cluster_resources().get("GPU") if limits.gpu else _nodes():
+        return
+    what = "GPU" if limits.gpu else "worker"
+    print(f"no {what} yet: waiting for the first", file=sys.stderr, flush=True)
+    task = ray.remote(lambda: None).options(num_cpus=1, num_gpus=int(limits.gpu), name="first worker").remote()
+    seconds = min(60 * limits.device_wait, limits.left)
+    if not ray.wait([task], timeout=None if seconds == math.inf else seconds)[0]:
+        limits.check()
+        raise OutOfTime(
+            f"no {what} came within {limits.device_wait:g} minutes; what was finished before is kept. Ask the "
+            f"cluster why: no machine is free, a quota is used up, or no worker group has a {what}"
+        )
+    ray.get(task)
 
 
 def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus: int) -> None:
@@ -390,17 +482,17 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
-def _packs(plan_of: dict[str, Plan], trainings: list[Stage]) -> list[tuple[Stage, ...]]:
+def _packs(plan_of: dict[str, Plan], trainings: list[Stage], limits: Limits) -> list[tuple[Stage, ...]]:
     """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
     if not trainings:
         return []
     nodes = _nodes()
-    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes)
+    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes, limits)
     alike: dict[tuple[str, int], list[Stage]] = {}
     before: collections.Counter[tuple[str, str]] = collections.Counter()
     for stage in trainings:
         key = content_key([_shared(stage)])
-        tokens = [token for token, _, _ in stage.params["concepts"].values() if token]
+        tokens = [spelling(token) for token, _, _ in stage.params["concepts"].values() if token]
         # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
         place = max((before[key, token] for token in tokens), default=0)
         before.update({(key, token): place + 1 - before[key, token] for token in tokens})
@@ -425,7 +517,7 @@ def _shared(training: Stage) -> dict[str, Any]:
     }
 
 
-def _device(nodes: list[dict[str, Any]]) -> Device:
+def _device(nodes: list[dict[str, Any]], limits: Limits) -> Device:
     """What a training task may use: of the smallest GPU, or what Ray leaves to tasks on the smallest node."""
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) >= 1]
     if not with_gpus:
@@ -435,13 +527,23 @@ def _device(nodes: list[dict[str, Any]]) -> Device:
         memory.options(num_gpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in with_gpus
     ]
-    return Device(0.9 * min(ray.get(found)), cuda=True)
+    done, waiting = ray.wait(found, num_returns=len(found), timeout=None if limits.left == math.inf else limits.left)
+    if waiting:
+        limits.check()
+    return Device(0.9 * min(ray.get(done)), cuda=True)
 
 
 def _follow(
-    jobs: list[tuple[Stage, ...]], refs: dict[str, Any], board: Any, report: Callable[[tuple[Stage, ...]], None]
+    jobs: list[tuple[Stage, ...]],
+    refs: dict[str, Any],
+    board: Any,
+    report: Callable[[tuple[Stage, ...]], None],
+    check: Callable[[], None],
 ) -> dict[str, Failure]:
-    """Wait for all jobs, showing how far they are; returns what their tasks say failed."""
+    """Wait for all jobs, showing how far they are; returns what their tasks say failed.
+
+    Raises: what `check` does, that is called all the while; tasks that still run end with the session.
+    """
     failures: dict[str, Failure] = {}
     waiting = {refs[stages[0].key]: stages for stages in jobs}
     by_key = {stage.key: stage for stages in jobs for stage in stages}
@@ -449,14 +551,19 @@ def _follow(
     quarters: dict[str, int] = {}
     on_terminal = sys.stderr.isatty()  # else lines, as a job's log wants them
     with tqdm(total=len(by_key), desc="stages", unit="stage", disable=not on_terminal) as total:
-        ended = 0
+        ended = noted = 0
         while waiting:
+            check()
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             running = {stage.key for stages in waiting.values() for stage in stages}
-            for key, (what, count, of) in ray.get(board.get.remote()).items():
+            state, notes = ray.get(board.get.remote())
+            for note in notes[noted:]:
+                tqdm.write(printable(f"note: {note}"), file=sys.stderr)
+            noted = len(notes)
+            for key, (what, count, of) in state.items():
                 if key not in running:
                     continue
-                title = f"{by_key[key].kind} {by_key[key].name}"
+                title = printable(f"{by_key[key].kind} {by_key[key].name}")
                 if key not in bars:
                     bars[key] = tqdm(total=of, desc=title, unit=what, leave=False, disable=not on_terminal)
                 bars[key].n = count

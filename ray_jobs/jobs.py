@@ -8,7 +8,6 @@ import itertools
 import os
 import secrets
 import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,9 @@ from zipfile import ZipFile
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.spec import batch_from, is_suite, one_is_a_list, read_mapping
+from pipeline.places import located
+from pipeline.spec import batch_from, is_suite, one_is_a_list, overridden, read_batch
+from ray_jobs.terminal import print
 from training.images import list_images
 
 PLACES = (
@@ -28,9 +29,8 @@ PLACES = (
     "retrieval.block_list",
     "training.deepspeed.config",
     "evaluation.clip",
-    "publish.signing_key",
 )
-"""Settings that can name a file, beside images and prompts."""
+"""Settings that can name a file to send along, beside images and prompts."""
 
 LIMIT = 100
 """MiB of a request to Ray's dashboard, which takes what is sent along as one."""
@@ -57,18 +57,26 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
     Raises: ValueError when a file is named that would not be there, when there is too much to send, when there is no
         such cluster, or it does not take the job.
     """
-    written = read_mapping(batch_file, "batch file (.yaml or .json)", "concepts")
-    lists = [written["concepts"]] if isinstance(written.get("concepts"), str) else []
-    batch = batch_from(written, batch_file)
-    batch = batch.model_copy(update={"output": output}) if output else batch
+    asked = read_batch(batch_file)
+    batch = overridden(batch_from(asked), output=output)
     batch.check_places()
-    images, others = _named(written)
+    if batch.signing_key and not os.path.isabs(os.path.expanduser(batch.publish.signing_key)):
+        raise ValueError(
+            f"{batch_file}: publish.signing_key: {batch.publish.signing_key!r} is relative, and a private key is not "
+            "sent along: put it on the nodes, and name it by an absolute path"
+        )
+    images, others = _named(asked.data)
+    if asked.written and isinstance(listed := (asked.written.value or {}).get("concepts"), str):
+        others.append(listed)
     folder = Path(os.path.abspath(batch_file)).parent
     sent = {place: set(list_images(place)) for place in _sent_places(images, batch_file)}
-    sent |= {place: _files(place) for place in _sent_places([batch_file.name, *lists, *others], batch_file)}
+    sent |= {place: _files(place) for place in _sent_places([batch_file.name, *others], batch_file)}
+    key = os.path.realpath(batch.signing_key)
+    sent = {place: {path for path in paths if os.path.realpath(path) != key} for place, paths in sent.items()}
     files = sorted(set().union(*sent.values()))
     _check_size(sent, batch_file)
-    entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *(["--output", output] if output else [])]
+    options = [] if output is None else ["--output", output]
+    entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *options]
     connection = client(address)
     with TemporaryDirectory() as scratch:
         package = Path(scratch) / "batch.zip"
@@ -114,7 +122,7 @@ def _sent_places(written: Iterable[str], batch_file: Path) -> list[str]:
     for name in written:
         if "://" in name:
             continue
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         place = os.path.abspath(folder / path)
         inside = Path(place).is_relative_to(folder)
         if inside and path.is_absolute():
@@ -128,7 +136,7 @@ def _sent_places(written: Iterable[str], batch_file: Path) -> list[str]:
                 "what the nodes have themselves is named by an absolute path"
             )
         if inside:
-            sent.append(place)
+            sent.append(located(name, folder))
     return sent
 
 
@@ -181,13 +189,12 @@ def stop(job: str, address: str | None) -> JobDetails:
     return details
 
 
-async def follow(job: str, address: str | None) -> JobStatus:
+async def follow(job: str, address: str | None) -> JobDetails:
     """Print a job's log until it ends; returns how it ended."""
     connection = client(address)
     async for lines in connection.tail_job_logs(job):
-        sys.stdout.write(lines)
-        sys.stdout.flush()
-    return connection.get_job_status(job)
+        print(lines, end="", flush=True)
+    return connection.get_job_info(job)
 
 
 def describe(details: JobDetails) -> Iterator[str]:

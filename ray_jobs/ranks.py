@@ -15,6 +15,7 @@ from ray.train.torch import TorchTrainer
 from pipeline.plan import Stage, deepspeed_of
 from pipeline.stages import train_pack
 from pipeline.store import Store
+from ray_jobs.board import Notes
 from training.strategies import DDP, DeepSpeed, Single
 
 RESTARTS = 2
@@ -60,6 +61,7 @@ def _rank(config: dict[str, Any]) -> None:
     stage, board = config["stage"], config["board"]
     if config["threads"]:
         torch.set_num_threads(config["threads"])
+    Notes.go_to(board)
     last = 0.0
 
     def progress(stage: Stage, what: str, done: int, total: int) -> None:

@@ -8,12 +8,26 @@ from typing import Annotated
 
 import typer
 
+from ray_jobs.terminal import print
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Releases = Annotated[str, typer.Argument(help="Folder or URL of releases.")]
 Release = Annotated[str, typer.Argument(help="RELEASES/v0002, RELEASES/ALIAS, or RELEASES (then the latest).")]
 Alias = Annotated[str, typer.Option(help="Name that is moved.")]
-PublicKey = Annotated[str, typer.Option(help="Ed25519 public key (PEM); the manifest has to be signed by it.")]
+PublicKey = Annotated[
+    str,
+    typer.Option(help="Ed25519 public key (PEM): the manifest has to be signed by it, and its alias."),
+]
+SigningKey = Annotated[
+    str,
+    typer.Option(help="Ed25519 private key (PEM) to sign the alias; the release is signed by it, or PUBLIC_KEY."),
+]
+
+
+def _shown(text: str) -> str:
+    """Text of a manifest or a storage, which anybody may have written, without what terminals take for commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @app.command("list")
@@ -31,10 +45,9 @@ def list_(releases: Releases) -> None:
             continue
         size = sum(entry["size"] for entry in version.manifest["files"].values())
         facts = version.manifest["provenance"]
-        print(
-            f"{version.name:8} {version.manifest['created']}  {size / 1e6:8.2f} MB  "
-            f"{len(facts.get('concepts', ())):4} concepts  {' '.join(version.aliases)}".rstrip()
-        )
+        created, named = _shown(version.manifest["created"]), " ".join(version.aliases)
+        concepts = len(facts.get("concepts", ()))
+        print(f"{version.name:8} {created}  {size / 1e6:8.2f} MB  {concepts:4} concepts  {named}".rstrip())
 
 
 @app.command()
@@ -50,7 +63,7 @@ def diff(old: Release, new: Release) -> None:
     """What differs: concepts added, removed and trained anew, measures, base, corpus, settings, packages."""
     from pipeline.release.versions import diff as differences
 
-    print("\n".join(differences(old, new)) or "no difference")
+    print("\n".join(_shown(line) for line in differences(old, new)) or "no difference")
 
 
 @app.command()
@@ -58,10 +71,7 @@ def promote(
     release: Release,
     alias: Alias = "latest",
     public_key: PublicKey = "",
-    signing_key: Annotated[
-        str,
-        typer.Option(help="Ed25519 private key (PEM), for a candidate, which has to be signed by it or PUBLIC_KEY."),
-    ] = "",
+    signing_key: SigningKey = "",
 ) -> None:
     """Let an alias name a version; or publish RELEASES/candidates/KEY, which the gate refused, after all."""
     from pipeline.release.versions import promote as promote_release
@@ -76,25 +86,34 @@ def rollback(
     alias: Alias = "latest",
     to: Annotated[str, typer.Option(help="Version, instead of the one before.")] = "",
     public_key: PublicKey = "",
+    signing_key: SigningKey = "",
 ) -> None:
     """Let an alias name the version before the one it names; a retraining leaves it there until something changes."""
     from pipeline.release.versions import rollback as roll_back
 
-    left, version = roll_back(releases, alias, to, public_key=public_key)
+    left, version = roll_back(releases, alias, to, public_key=public_key, signing_key=signing_key)
     print(f"{alias} is {version}, was {left}")
 
 
 @app.command()
-def verify(release: Release, public_key: PublicKey = "") -> None:
+def verify(
+    release: Release,
+    public_key: PublicKey = "",
+    project: Annotated[str, typer.Option(help="Name of the batch or retraining that has to have made it.")] = "",
+) -> None:
     """Recompute all sums of a release; exit code 1 when a file is missing, changed or extra, or the signature wrong."""
+    from pipeline.release.publish import signed_alias
     from pipeline.release.publish import verify as verify_release
 
-    problems = verify_release(release, public_key)
+    problems = verify_release(release, public_key, project)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(_shown(problem), file=sys.stderr)
     print(f"{release}: {'whole, all sums agree' if not problems else f'{len(problems)} problems'}")
     if problems:
         raise typer.Exit(1)
+    if public_key and (alias := signed_alias(release)):
+        named = f"{alias['alias']}.json names {alias['version']} of the project {alias['project']!r}"
+        print(_shown(f"{named}: move number {alias['number']}, at {alias['time']}"))
 
 
 @app.command()

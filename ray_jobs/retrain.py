@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import json
 import logging
 import os
@@ -21,37 +20,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from pipeline.catalogue import read_catalogue
 from pipeline.gate import Verdict, baseline, judge, retention, scores_of
+from pipeline.places import masked
 from pipeline.plan import Plan
-from pipeline.release.hub import push
 from pipeline.release.lease import Busy, lease
-from pipeline.release.publish import alias_of, keep_candidate, manifest_of, publish, versions
+from pipeline.release.place import open_destination, plain_destination
+from pipeline.release.publish import alias_of, alias_problems, keep_candidate, manifest_of, publish, versions
 from pipeline.release.sign import signer
 from pipeline.release.versions import Version, changes, promote
 from pipeline.spec import Concept, Retraining
 from pipeline.store import Store
-from ray_jobs.concept_batch import StageFailed, build, plan_usable, provenance, ray_session, run_stages, write_results
+from ray_jobs.concept_batch import (
+    NO_LIMITS,
+    Exit,
+    StageFailed,
+    build,
+    plan_usable,
+    provenance,
+    push_release,
+    ray_session,
+    run_stages,
+    write_results,
+)
+from ray_jobs.limits import Limits
 from ray_jobs.metrics import GATE
 
 log = logging.getLogger("polyconcept.retrain")
-
-
-class Exit(enum.IntEnum):
-    """How a retraining ended."""
-
-    DONE = 0
-    """Released, or nothing changed, or the catalogue asks for what people rolled back from."""
-    PARTIAL = 1
-    """As DONE, but concepts that failed were left out, as `merge.partial` allows."""
-    BAD_INPUT = 2
-    """Bad input, or something failed; the message says what."""
-    REFUSED = 3
-    """The gate refused; the candidate is kept."""
-    BUSY = 4
-    """Another run holds the lease, or took it over, or moved `latest` meanwhile: nothing was released."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +59,25 @@ class Outcome:
     verdicts: tuple[Verdict, ...] = ()
 
 
-def retrain(asked: Retraining, wait: float = 0) -> Outcome:
+def retrain(asked: Retraining, wait: float = 0, limits: Limits = NO_LIMITS) -> Outcome:
     """Bring the releases up to date with the catalogue, in a new version if anything changed and the gate passes.
 
     wait: seconds to wait for another run at the same releases to end.
 
-    Raises: ValueError for bad input and failed stages; Busy when another run is at work or got in between.
+    Raises: ValueError for bad input and failed stages; Busy when another run is at work or got in between; OutOfTime
+        as `limits` say: what was computed by then is kept, and what was computed whole is published all the same.
     """
     if os.environ.get("RAY_ADDRESS"):
         asked.check_places()
-    signer(asked.publish.signing_key)  # a key that cannot be used is said now, not after the training
-    with lease(asked.release_url, asked.lease, wait) as held:
-        return _retrain(asked, held.check)
+    signer(asked.signing_key)  # a key that cannot be used is said now, not after the training
+    with lease(asked.release_url, asked.lease, min(wait, limits.left)) as held:
+        return _retrain(asked, held.check, limits)
 
 
-def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
-    destination = asked.release_url.rstrip("/")
+def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits) -> Outcome:
+    destination = plain_destination(asked.release_url)
     seen = _latest_alias(destination)
+    _check_signature(asked, destination, seen)
     latest, rolled_back = _published(destination, seen)
     concepts, left_out = _usable(asked, latest)
     store = Store(asked.store_url)
@@ -104,10 +101,10 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     verdicts: list[Verdict] = []
     if not unchanged(plan):
         with _session(plan, store):
-            plan, failed = build(plan, store)
+            plan, failed = build(plan, store, limits)
             if not unchanged(plan):
                 wanted = {c.name for c in concepts} | set(left_out)
-                verdicts = _compare(asked, plan, store, destination, latest, wanted)
+                verdicts = _compare(asked, plan, store, destination, latest, wanted, limits)
                 passed = all(verdict.passed for verdict in verdicts)
                 result = "not compared" if not verdicts else "passed" if passed else "refused"
                 GATE.inc(tags={"batch": asked.name, "result": result})
@@ -116,7 +113,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
     if unchanged(plan) and latest:
         if not seen:
             check()
-            promote(current)
+            promote(current, signing_key=asked.publish.signing_key)
         version = known[plan.stages[-1].key]
         event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
         log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
@@ -135,16 +132,19 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None]) -> Outcome:
         log.error("refused", extra={"candidate": place, "refused_by": [str(v) for v in verdicts if not v.passed]})
         _push(asked, current)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
-    release = publish(folder, destination, facts, asked.publish.signing_key, check)
+    release = publish(folder, destination, facts, asked.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
-    write_results(plan, store, release.url)
+    try:
+        write_results(plan, store, release.url)
+    except Exception as error:  # of every kind: the release is there, and its run has not failed
+        log.warning("report not written", extra={"error": str(error)})
     _push(asked, release.url)
     return Outcome(_exit(reasons), release.url, reasons, tuple(verdicts))
 
 
 def _push(asked: Retraining, release: str) -> None:
-    if asked.publish.hub:  # also when nothing is released: it may have failed last time
-        log.info("on the hub", extra={"place": push(release, asked.publish.hub)})
+    if place := push_release(asked, release):
+        log.info("on the hub", extra={"place": place})
 
 
 def _usable(asked: Retraining, latest: Version | None) -> tuple[list[Concept], dict[str, str]]:
@@ -157,16 +157,28 @@ def _usable(asked: Retraining, latest: Version | None) -> tuple[list[Concept], d
 
 def _latest_alias(destination: str) -> dict[str, Any]:
     """What `latest.json` says now; empty when it is not there."""
-    fs, root = url_to_fs(destination)
-    fs.invalidate_cache()
+    fs, root, _ = open_destination(destination)
     return alias_of(fs, root)
+
+
+def _check_signature(asked: Retraining, destination: str, alias: dict[str, Any]) -> None:
+    """Raises: ValueError when whoever named the latest release, which the gate compares with, had not the key."""
+    key = asked.publish.signing_key
+    if not (key and alias):
+        return
+    if "signature" not in alias:  # of a time before aliases were signed, or moved without the key
+        log.warning("latest.json is not signed", extra={"version": alias["version"]})
+        return
+    fs, root, _ = open_destination(destination)
+    if problems := alias_problems(fs, root, "latest", key):
+        raise ValueError(f"{destination}: {problems[0]}; `polyconcept release promote` the right version")
 
 
 def _published(destination: str, alias: dict[str, Any]) -> tuple[Version | None, list[Version]]:
     """The latest release, and those that it was rolled back from. Where `latest.json` is missing, the newest
     whole version counts as the latest: its loss (or a first run that was killed before writing it) must not open the
     gate."""
-    fs, root = url_to_fs(destination)
+    fs, root, _ = open_destination(destination)
     if not alias:
         newest = next((name for _, name in reversed(versions(fs, root)) if manifest_of(fs, root, name)), None)
         if not newest:
@@ -203,7 +215,13 @@ def _log_comparison(plan: Plan, latest: Version | None, left_out: Iterable[str])
 
 
 def _compare(
-    asked: Retraining, plan: Plan, store: Store, destination: str, latest: Version | None, catalogue: set[str]
+    asked: Retraining,
+    plan: Plan,
+    store: Store,
+    destination: str,
+    latest: Version | None,
+    catalogue: set[str],
+    limits: Limits,
 ) -> list[Verdict]:
     if not latest or not latest.manifest:
         return []
@@ -212,7 +230,7 @@ def _compare(
     measuring = Plan(plan.batch, current.stages + own.stages, ())
     if measuring.todo(store):
         with ray_session():
-            if failed := run_stages([measuring], store):
+            if failed := run_stages([measuring], store, limits):
                 raise StageFailed("\n".join(failed))
     released = set(latest.manifest["provenance"]["concepts"])
     missing = sorted((released & catalogue) - {c.name for c in plan.batch.concepts})
@@ -234,7 +252,7 @@ def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> 
         folder = Path(scratch) / "candidate"
         shutil.copytree(store.path(last.kind, last.key), folder)
         shutil.copy(report, folder / "report.html")
-        return keep_candidate(folder, destination, last.key, facts, plan.batch.publish.signing_key)
+        return keep_candidate(folder, destination, last.key, facts, plan.batch.signing_key)
 
 
 def _exit(left_out: Sequence[str]) -> Exit:
@@ -250,7 +268,7 @@ class JsonLines(logging.Formatter):
         extra = {key: value for key, value in vars(record).items() if key not in self.STANDARD}
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
-        return json.dumps(line, default=str)
+        return masked(json.dumps(line, default=str))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.spec import base_path
-from pipeline.store import Store
-from pipeline.study import cases, load_study, write_study
+from pipeline.study import cases, load_study, store_of, write_study
 from ray_jobs.concept_batch import StageFailed, ray_session, run_stages
 from training.backbone import load_backbone
 
@@ -18,12 +16,12 @@ def run_study(path: Path) -> Path:
     """
     study = load_study(path)
     made = list(cases(study, path))
-    store = Store(study.store.replace("{name}", study.name))
+    store = store_of(study, path)
     stages = {stage.key: stage for case in made for stage in case.plan}
     if not all(store.has(stage.kind, stage.key) for stage in stages.values()):
         with ray_session():
             if failed := run_stages([case.plan for case in made], store):
                 raise StageFailed("\n".join(failed))
-    folder = Path(study.output)
-    write_study(study, made, store, load_backbone(base_path(made[0].plan.batch.base)), folder)
+    folder = Path(study.output).expanduser()
+    write_study(study, made, store, load_backbone(made[0].plan.batch.base_path), folder)
     return folder

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+
+WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,17 @@ def load_clip(model: str) -> ClipModel:
 
     Args:
         model: an open_clip name and pretrained tag ("ViT-B-32/laion2b_s34b_b79k"), a hub name ("hf-hub:…"), or a local
-            directory with `open_clip_config.json` and a .safetensors file.
+            directory with `open_clip_config.json` and a .safetensors file. Of a directory no pickle is read; of a name
+            open_clip takes what its publisher has, safetensors first, else a pickle of tensors only (`weights_only`).
 
     Raises:
-        ValueError: the name is unknown, or the directory lacks one of the two files.
+        ValueError: the name is unknown, or the directory lacks one of the two files or has several it may mean.
     """
     import open_clip  # takes seconds; most processes encode nothing
 
+    weights: Path | None = None
     if Path(model).is_dir():
-        folder = Path(model)
-        # Only safetensors: open_clip would also take .bin and .pth files from the folder, which are pickles.
-        if not (folder / "open_clip_config.json").is_file() or not list(folder.glob("*.safetensors")):
-            found = sorted(path.name for path in folder.iterdir())
-            raise ValueError(
-                f"CLIP directory {model} needs open_clip_config.json and a .safetensors file; found {found}"
-            )
-        name, tag = f"local-dir:{folder}", None
+        name, tag, weights = f"local-dir:{model}", None, _weights(Path(model))
     elif model.startswith("hf-hub:"):
         name, tag = model, None
     else:
@@ -108,9 +106,30 @@ def load_clip(model: str) -> ClipModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained=tag, device=device, require_pretrained=True
+            name,
+            pretrained=tag,
+            device=device,
+            # from a directory open_clip itself would prefer some names of pickles to other names of .safetensors
+            load_weights=weights is None,
+            require_pretrained=weights is None,
+            pretrained_text=weights is None,
         )
+        if weights is not None:
+            open_clip.load_checkpoint(network, str(weights))
         tokenizer = open_clip.get_tokenizer(name)
-    except RuntimeError as error:  # what open_clip raises for weights it cannot find, fetch or fit
+    except (RuntimeError, SafetensorError) as error:  # what is raised for weights that cannot be found, fetched or fit
         raise ValueError(f"CLIP model {model!r} could not be loaded: {error}") from error
     return ClipModel(model, network.eval().requires_grad_(False), tokenizer, transform, device)
+
+
+def _weights(folder: Path) -> Path:
+    """The .safetensors file of a model's directory."""
+    found = sorted(folder.glob("*.safetensors"))
+    usual = [file for file in found if file.name in WEIGHT_NAMES]
+    if not (folder / "open_clip_config.json").is_file() or not found:
+        names = sorted(path.name for path in folder.iterdir())
+        raise ValueError(f"CLIP directory {folder} needs open_clip_config.json and a .safetensors file; found {names}")
+    if len(found) > 1 and not usual:
+        names = [file.name for file in found]
+        raise ValueError(f"CLIP directory {folder} has {names}; name the one that is meant {WEIGHT_NAMES[0]}")
+    return min(usual, key=lambda file: WEIGHT_NAMES.index(file.name)) if usual else found[0]

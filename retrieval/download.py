@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import webdataset
 from tqdm import tqdm
 
-from retrieval.addresses import MAX_REDIRECTS, refusals
-from retrieval.images import decode, perceptual_hash
-from retrieval.regularization import RegularizationSet, read_shard
+from retrieval.addresses import ASKED_AGAIN, MAX_WAIT, ascii_url, refusals
+from retrieval.decoding import DECODE_SECONDS
+from retrieval.images import perceptual_hash
+from retrieval.regularization import RegularizationSet, own_image, read_shard
 from retrieval.whole import whole_directory
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ FETCH_SHARD_ROWS = 100
 FINAL_SHARD_ROWS = 1000
 MIN_ROUND = 16
 """Candidates of a round at least: a round takes seconds to start, whatever its size."""
-DECODE_SECONDS = 1.0
-"""Allowed for decoding one image on a busy machine."""
 START_SECONDS = 180
 """Allowed for the start of img2dataset's processes on a busy machine, beyond the time of the downloads."""
 DUPLICATE_BITS = 4
@@ -84,7 +83,8 @@ def download(
         base_url: what relative urls of the corpus are relative to.
         exclude: `perceptual_hash` of images that must not be among them, the concept's own.
         blocked_sha256: hashes of image files that must not be among them.
-        timeout: seconds that one connection for one image may take in all.
+        timeout: seconds that one image may take in all, over redirects and a host's several addresses; beside them a
+            server may ask for some patience (`addresses.MAX_WAIT`).
         max_bytes: bytes one image may have.
         processes: downloading processes.
         threads: connections of each at a time.
@@ -99,7 +99,7 @@ def download(
         unresolved          never asked: its host has no address
         failed_to_download  no answer, an error, too slow, too many bytes, cut short, a redirect to an address that is
                             not allowed, or the site says not to use it
-        failed_to_resize    not an image, broken, truncated, or less than half of `image_size`
+        failed_to_resize    not an image, broken, truncated, too slow to decode, or less than half of `image_size`
         hash_mismatch       not the image whose sha256 the corpus has
         blocked             one of `blocked_sha256`
         duplicate           looks like one of `exclude`, or one before it
@@ -173,7 +173,7 @@ class _Judge:
     def __init__(self, count: int, exclude: Collection[str], blocked_sha256: Collection[str]) -> None:
         self.room = count
         self.hashes = [int(code, 16) for code in exclude]
-        self.blocked = frozenset(blocked_sha256)
+        self.blocked = frozenset(code.lower() for code in blocked_sha256)
 
     def __call__(self, jpg: bytes, sha256: str, pinned: str | None) -> dict[str, str]:
         """Return what changes in the outcome: status and reason, or nothing for an image that is kept."""
@@ -183,7 +183,7 @@ class _Judge:
             return {"status": "blocked", "reason": "on the block list"}
         if not self.room:
             return {"status": "surplus", "reason": "there were enough before it"}
-        look = int(perceptual_hash(decode(jpg)), 16)
+        look = int(perceptual_hash(own_image(jpg)), 16)
         if any((look ^ other).bit_count() <= DUPLICATE_BITS for other in self.hashes):
             return {"status": "duplicate", "reason": "looks like an excluded image or one before it"}
         self.hashes.append(look)
@@ -193,7 +193,7 @@ class _Judge:
 
 def _absolute(url: str, base_url: str | None) -> str:
     try:
-        return urljoin(base_url.rstrip("/") + "/", url) if base_url else url
+        return ascii_url(urljoin(base_url.rstrip("/") + "/", url) if base_url else url)
     except ValueError:  # not a url at all, which is said when it is refused
         return url
 
@@ -245,7 +245,8 @@ def _try_candidates(
 def _run_img2dataset(work: Path, rows: int, settings: dict) -> None:
     shards = math.ceil(rows / FETCH_SHARD_ROWS)
     waits = math.ceil(FETCH_SHARD_ROWS / settings["threads"]) * math.ceil(shards / settings["processes"])
-    seconds = START_SECONDS + waits * settings["timeout"] * (1 + MAX_REDIRECTS) + DECODE_SECONDS * rows
+    # What no round exceeds that goes on: a shard that is cut off loses its good images.
+    seconds = START_SECONDS + waits * (settings["timeout"] + ASKED_AGAIN * MAX_WAIT) + DECODE_SECONDS * rows
     settings = {**settings, "table": f"{work}/candidates.parquet", "out": str(work), "shard_rows": FETCH_SHARD_ROWS}
     (work / "settings.json").write_text(json.dumps(settings))
     log_file = work / "log.txt"

@@ -2,7 +2,7 @@
 
 A separate process because img2dataset was written to be a command: it imports much, prints, and starts workers. Its
 reader, downloader, writer and distributors are used as they are; ours are the opener its `urlopen` goes through, and
-the resizer, since its own takes truncated images for whole and does not turn images as EXIF says.
+the resizer, since its own takes truncated images for whole, does not turn images as EXIF says, and has no time limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from img2dataset.reader import Reader
 from img2dataset.writer import WebDatasetSampleWriter
 
 from retrieval.addresses import Rules, checked_opener
-from retrieval.images import decode, square
+from retrieval.decoding import decode
+from retrieval.images import square
 
 JPEG_QUALITY = 95
 NO_AI_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
@@ -38,14 +39,15 @@ class SquareResizer:
 
     def __call__(self, stream: io.BytesIO, _boxes: object = None) -> tuple:
         try:
-            image = decode(stream.getvalue())
-            if 2 * min(image.size) < self.size:
-                raise ValueError(f"too small: {image.width} x {image.height}")
-        except Exception as error:  # decoders fail in many ways on hostile bytes
+            decoded = decode(stream.getvalue())
+            width, height = decoded.size
+            if 2 * min(width, height) < self.size:
+                raise ValueError(f"too small: {width} x {height}")
+        except ValueError as error:
             return None, None, None, None, None, str(error)
         data = io.BytesIO()
-        square(image, self.size).save(data, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return data.getvalue(), self.size, self.size, *image.size, None
+        square(decoded.image, self.size).save(data, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        return data.getvalue(), self.size, self.size, width, height, None
 
 
 class CheckedDownloader(Downloader):

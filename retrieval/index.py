@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,16 +27,20 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
+from retrieval.clip import ClipModel
 from retrieval.corpus import read_table, usable
 from retrieval.whole import whole_directory
-
-log = logging.getLogger(__name__)
 
 SHARD_ROWS = 250_000
 BUILD_THREADS = 2
 """Files of published embeddings read at a time; each holds one shard in memory."""
 BLOCK_ROWS = 8192
 """Rows handled at a time: 16 MB of 512 float32, which the allocator gives back again and again without new pages."""
+CHECKED_ROWS = 16
+"""Captions of a file of published embeddings that are encoded again."""
+SAME_MODEL = 0.9
+"""Cosine of a caption's embedding to the same caption encoded again: of one model nearly 1, also in half precision; of
+two models near 0; where the rows are not in the captions' order, what any two captions have."""
 SCHEMA = pa.schema([("url", pa.string()), ("caption", pa.string()), ("nsfw", pa.float32()), ("sha256", pa.string())])
 
 
@@ -77,22 +80,43 @@ def build_index_from_blocks(
 
 
 def build_index_from_embeddings(
-    pairs: list[tuple[str, str]], out: Path, *, model: str | None = None, shard_rows: int = SHARD_ROWS
+    pairs: list[tuple[str, str]], out: Path, *, clip: ClipModel | None = None, shard_rows: int = SHARD_ROWS
 ) -> Path:
     """Write the index of published embeddings, brought to unit length.
 
     Args:
         pairs: what `precomputed` returned.
         out: the index directory, written whole or not at all.
-        model: digest of the model they were made with, if known.
+        clip: the model they were made with; a few captions of each file are encoded again to see whether they were.
+            Its digest is kept, as by `build_index`.
         shard_rows: rows of a shard at most.
 
-    Rows without url or caption, and embeddings that are zero or not finite, are left out; their number is logged.
+    Rows without url or caption, and embeddings that are zero or not finite, are left out.
 
     Raises:
-        ValueError: there are no usable rows, the files differ in width, or `out` is there already.
+        ValueError: there are no usable rows, the files differ in width, a file's embeddings are not those of `clip`, or
+            `out` is there already.
     """
-    return _write([_embedding_blocks(*pair) for pair in pairs], Path(out), model, shard_rows)
+    return _write(
+        [_embedding_blocks(*pair, clip) for pair in pairs], Path(out), clip.digest if clip else None, shard_rows
+    )
+
+
+def check_model(clip: ClipModel, captions: list[str], cosines: Callable[[np.ndarray], np.ndarray], where: str) -> None:
+    """Encode captions again, and compare.
+
+    cosines: (n, d) float32 unit rows of the n captions -> (n,), each one's cosine to what was stored for it.
+
+    Raises:
+        ValueError: they are too far apart; it says how far.
+    """
+    middle = float(np.median(cosines(clip.encode_text(captions))))
+    if middle < SAME_MODEL:
+        raise ValueError(
+            f"{where}: these embeddings are not of the CLIP model {clip.name}, or not of the captions beside them: "
+            f"{len(captions)} captions encoded again have a similarity of {middle:.2f} to what is stored for them "
+            f"(the median; at least {SAME_MODEL} is wanted). Set retrieval.clip to the model they were made with"
+        )
 
 
 Hits = tuple[np.ndarray, np.ndarray]
@@ -235,8 +259,8 @@ def _write_shard(folder: Path, name: str, parts: Iterable, bar: tqdm) -> dict:
     return {"name": name, "rows": index.ntotal, "dimension": index.d}
 
 
-def _embedding_blocks(npy: str, parquet: str) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    vectors, start, left_out = _open_embeddings(npy), 0, 0
+def _embedding_blocks(npy: str, parquet: str, clip: ClipModel | None) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    vectors, start, checked = _open_embeddings(npy), 0, clip is None
     filesystem, file = fsspec.url_to_fs(parquet)
     for batch in read_table(filesystem, file, BLOCK_ROWS):
         block = torch.from_numpy(vectors[start : start + batch.num_rows]).to(torch.float32, copy=True).numpy()
@@ -244,17 +268,38 @@ def _embedding_blocks(npy: str, parquet: str) -> Iterator[tuple[np.ndarray, pa.R
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         good = usable(batch).to_numpy(zero_copy_only=False) & np.isfinite(norms) & (norms > 0)
         if not good.all():
-            left_out += int((~good).sum())
             block, norms, batch = block[good], norms[good], batch.filter(pa.array(good))
         block /= norms[:, None]
+        if clip and not checked and len(block):
+            some = np.unique(np.linspace(0, len(block) - 1, CHECKED_ROWS).astype(int))
+            captions = batch.column("caption").take(pa.array(some)).to_pylist()
+            _check_block(clip, captions, block[some], npy)
+            checked = True
         yield block, batch
-    if left_out:
-        log.warning("%d rows of %s were left out: no url, no caption, or a zero or broken embedding", left_out, parquet)
+
+
+def _check_block(clip: ClipModel, captions: list[str], stored: np.ndarray, npy: str) -> None:
+    def cosines(encoded: np.ndarray) -> np.ndarray:
+        if encoded.shape[1] != stored.shape[1]:
+            raise ValueError(
+                f"{npy}: these embeddings have a width of {stored.shape[1]}, those of the CLIP model {clip.name} "
+                f"{encoded.shape[1]}. Set retrieval.clip to the model they were made with"
+            )
+        return np.einsum("nd,nd->n", encoded, stored)
+
+    check_model(clip, captions, cosines, npy)
 
 
 def _open_embeddings(npy: str) -> np.ndarray:
     filesystem, file = fsspec.url_to_fs(npy)
-    if isinstance(filesystem, fsspec.implementations.local.LocalFileSystem):
-        return np.load(file, mmap_mode="c", allow_pickle=False)  # torch wants writable memory; nothing is written
-    with filesystem.open(file, "rb") as stream:
-        return np.load(stream, allow_pickle=False)
+    try:
+        if isinstance(filesystem, fsspec.implementations.local.LocalFileSystem):
+            # torch wants writable memory; nothing is written
+            vectors = np.load(file, mmap_mode="c", allow_pickle=False)
+        else:
+            with filesystem.open(file, "rb") as stream:
+                vectors = np.load(stream, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"embeddings file {npy} is not a readable .npy file: {error}") from error
+    native = vectors.dtype.isnative and vectors.dtype.itemsize in (2, 4, 8)  # what torch knows
+    return vectors if native else vectors.astype(np.float32)

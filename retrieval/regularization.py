@@ -62,7 +62,7 @@ class RegularizationSet:
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         """Yield (RGB image, caption), in the same order each time: nearest caption first."""
         for sample in self.samples():
-            yield Image.open(io.BytesIO(sample["jpg"])).convert("RGB"), sample["txt"].decode()
+            yield own_image(sample["jpg"]), sample["txt"].decode()
 
     def captions(self) -> list[str]:
         """List the captions in the order of the images."""
@@ -72,6 +72,11 @@ class RegularizationSet:
         """Yield the shards' samples undecoded: `__key__`, and bytes as `jpg`, `txt`, `json`."""
         for shard in sorted(self.path.glob("*.tar")):
             yield from read_shard(shard)
+
+
+def own_image(jpg: bytes) -> Image.Image:
+    """An image of a set, as RGB: a JPEG that was written here."""
+    return Image.open(io.BytesIO(jpg), formats=("JPEG",)).convert("RGB")
 
 
 def read_shard(shard: Path) -> Iterator[dict]:

@@ -27,6 +27,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return data.getvalue()
 
 
+def endless(scans: int) -> bytes:
+    """A progressive JPEG that has its last scan again and again: 14 bytes each, and a pass over all of its pixels."""
+    jpeg = encoded(Image.new("L", (2000, 2000), 90), "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * scans + jpeg[-2:]
+
+
 @dataclass
 class Web:
     """The server: its address, the paths it was asked for, and what it answers."""
@@ -34,6 +41,10 @@ class Web:
     address: str
     asked: list[str] = field(default_factory=list)
     redirects: dict[str, str] = field(default_factory=dict)
+    statuses: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Path -> what it answers instead, with these headers: once, or always if it is in `always` or without headers."""
+    always: set[str] = field(default_factory=set)
+    pages: dict[str, bytes] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -44,12 +55,24 @@ def serve() -> Iterator[Web]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             site.asked.append(self.path)
-            if self.path in site.redirects:
+            if self.path.startswith("/slow/"):
+                time.sleep(0.4)
+            if self.path in site.statuses:
+                status, headers = site.statuses[self.path]
+                if headers and self.path not in site.always:
+                    del site.statuses[self.path]
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+            elif self.path in site.pages:
+                self.answer(site.pages[self.path])
+            elif self.path in site.redirects:
                 self.send_response(302)
                 self.send_header("Location", site.redirects[self.path])
                 self.end_headers()
             elif self.path.startswith("/image/"):
-                self.answer(encoded(picture(int(Path(self.path).stem))))
+                self.answer(encoded(picture(int(Path(self.path).stem.rpartition("%20")[2]))))
             elif self.path == "/short":  # fewer bytes than it says
                 data = encoded(picture(1001))
                 self.answer(data[: len(data) // 2], length=len(data))

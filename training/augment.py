@@ -10,6 +10,10 @@ from PIL import Image
 
 SMALL_WORDS = ("very small", "far away")
 LARGE_WORDS = ("zoomed in", "close up")
+WHOLE_FROM = 0.6
+"""Scale from which a view shows the whole image at full size."""
+SIZE_WORDS = SMALL_WORDS + LARGE_WORDS
+"""What may stand before a caption."""
 
 
 @dataclass(frozen=True)
@@ -28,42 +32,49 @@ class View:
 
 def plain_view(image: Image.Image, size: int, factor: int) -> View:
     """The whole image, its shorter side cut to a square, no words."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return View(_pixels(square), torch.ones(1, size // factor, size // factor), "")
+    return View(_pixels(_square(image, size)), torch.ones(1, size // factor, size // factor), "")
 
 
 def random_view(image: Image.Image, size: int, factor: int, rng: np.random.Generator) -> View:
-    """A random view (paper section 4, "Training details"; authors' `MaskBase`).
+    """A random view (paper section 4, "Training details"; authors' `MaskBase`, src/finetune_data.py).
 
-    Two times in three the image is scaled to U[s/3, s] and pasted at a random place on an empty canvas; otherwise
-    to U[1.2 s, 1.4 s] and cropped to s. Below 0.6 s come "very small" / "far away", above s "zoomed in" / "close up".
+    Two times in three a scale is drawn from U[s/3, s], else from U[1.2 s, 1.4 s]:
+
+    - below 0.6 s the image is pasted at that scale somewhere on an empty canvas, with "very small" or "far away";
+      the loss counts only what was pasted;
+    - from 0.6 s to s the view is the whole image at full size, without words (the diffusers example pastes here too);
+    - above s it is a random crop, with "zoomed in" or "close up".
 
     Args:
         image: RGB. Its centre square is used.
         size: s, pixels; factor: pixels a latent cell.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    cells = size // factor
     if rng.random() < 2 / 3:
         scale = int(rng.integers(size // 3, size + 1))
-        scaled = square.resize((scale, scale), Image.Resampling.BICUBIC)
+        if scale >= WHOLE_FROM * size:
+            return plain_view(image, size, factor)
         x, y = (int(v) for v in rng.integers(0, size - scale + 1, 2))
         pixels = torch.zeros(3, size, size)
-        pixels[:, y : y + scale, x : x + scale] = _pixels(scaled)
-        mask = torch.zeros(1, cells, cells)
-        rows, columns = _inside(y, scale, size, factor), _inside(x, scale, size, factor)
-        mask[:, rows, columns] = 1
-        words = str(rng.choice(SMALL_WORDS)) if scale < 0.6 * size else ""
-        return View(pixels, mask, words)
+        pixels[:, y : y + scale, x : x + scale] = _pixels(_square(image, scale))
+        mask = torch.zeros(1, size // factor, size // factor)
+        mask[:, _inside(y, scale, size, factor), _inside(x, scale, size, factor)] = 1
+        return View(pixels, mask, str(rng.choice(SMALL_WORDS)))
     scale = int(rng.integers(round(1.2 * size), round(1.4 * size) + 1))
-    scaled = square.resize((scale, scale), Image.Resampling.BICUBIC)
     x, y = (int(v) for v in rng.integers(0, scale - size + 1, 2))
-    crop = scaled.crop((x, y, x + size, y + size))
-    return View(_pixels(crop), torch.ones(1, cells, cells), str(rng.choice(LARGE_WORDS)))
+    crop = _square(image, scale).crop((x, y, x + size, y + size))
+    return View(_pixels(crop), torch.ones(1, size // factor, size // factor), str(rng.choice(LARGE_WORDS)))
+
+
+def mirrored(view: View) -> View:
+    """Left and right exchanged."""
+    return View(view.pixels.flip(-1), view.mask.flip(-1), view.words)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Its centre square, size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _inside(start: int, length: int, size: int, factor: int) -> slice:
@@ -71,8 +82,6 @@ def _inside(start: int, length: int, size: int, factor: int) -> slice:
 
     On the coarse grid of a small model that can be none: then the cells wholly covered, or the middle one.
     """
-    if length == size:
-        return slice(0, size // factor)
     first, last = start // factor + 1, (start + length) // factor - 1
     if last <= first:
         first, last = -(-start // factor), (start + length) // factor

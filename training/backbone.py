@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
-from transformers import AutoTokenizer
 
-from training.methods.method import RARE_WORDS, UNetPart
+from training.base import base_digest, check_base
+from training.methods.method import UNetPart
+from training.parts import short_name, text_kv_layers, unet_parameters
+from training.tokens import Words, add_tokens, single_id
 
 
 @dataclass(frozen=True)
@@ -47,24 +44,29 @@ class TextFeatures:
 
 
 class TokenRows(nn.Module):
-    """An embedding table with trainable rows behind its end; the table itself stays as it is.
+    """An embedding table with trainable rows for new ids; the table itself stays as it is.
 
     Only the new rows are a parameter: with the whole table in the optimizer, weight decay moves every word and its
     state costs two more tables (a fault of diffusers' train_custom_diffusion.py).
     """
 
-    def __init__(self, table: nn.Embedding, rows: torch.Tensor) -> None:
+    places: torch.Tensor
+    """Id -> row; -1 for what the table has."""
+
+    def __init__(self, table: nn.Embedding, rows: torch.Tensor, ids: Sequence[int]) -> None:
+        """rows: (k, width), of the tokens that have the k `ids`: those the tokenizer gave, wherever the table ends."""
         super().__init__()
         self.table = table
-        self.first = table.num_embeddings
         self.rows = nn.Parameter(rows.clone())
+        places = torch.full((max(table.num_embeddings, max(ids) + 1),), -1)
+        places[list(ids)] = torch.arange(len(ids))
+        self.register_buffer("places", places.to(rows.device), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        new = ids >= self.first
-        old = self.table(ids.masked_fill(new, 0))
-        # clamped first: out-of-range indices are masked afterwards
-        rows = self.rows[(ids - self.first).clamp(min=0)].to(old.dtype)
-        return torch.where(new[..., None], rows, old)
+        place = self.places[ids]
+        old = self.table(ids.masked_fill(place >= 0, 0))
+        rows = self.rows[place.clamp(min=0)].to(old.dtype)
+        return torch.where((place >= 0)[..., None], rows, old)
 
 
 class Backbone:
@@ -101,6 +103,11 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def words(self) -> Words:
+        """What the tokenizers make of words, with the tokens that they know by now."""
+        return Words(tuple(self.tokenizers))
 
     def place(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds a parameter, and what it calls it."""
@@ -143,7 +150,8 @@ class Backbone:
     # --- text ---
 
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:
-        """Text features as the pipeline's own `encode_prompt` makes them; with gradients to new token rows."""
+        """Text features as the pipeline's own `encode_prompt` makes them; with gradients to new token rows. Of captions
+        that are too long the end is cut off: those of the web are what they are, and `Words.check_fits` is for ours."""
         if len(self.text_encoders) == 1:
             return TextFeatures(self.text_encoders[0](self._ids(self.tokenizers[0], captions))[0])
         hidden, pooled = [], None
@@ -173,20 +181,23 @@ class Backbone:
         that one of `RARE_WORDS`, in turn.
 
         Returns: the trainable rows, one module per text encoder, in the order of `tokens`.
-        Raises: ValueError for a token the tokenizer already knows, or an initialiser of several tokens.
+        Raises: ValueError for a token that is no new word (`Words.check_new`), or an initialiser of several tokens.
         """
+        words = self.words
+        for token in tokens:
+            words.check_new(token)
+        rows = [
+            torch.stack([encoder.get_input_embeddings().weight[single_id(t, word)].detach() for word in initializers])
+            for t, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        return self._add_rows(tokens, rows)
+
+    def _add_rows(self, tokens: Sequence[str], rows: Sequence[torch.Tensor]) -> list[TokenRows]:
         modules = []
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            table = encoder.get_input_embeddings()
-            rows = []
-            for token, word in zip(tokens, initializers, strict=True):
-                _check_new(tokenizer, token)
-                rows.append(table.weight[_single_id(tokenizer, word)].detach())
-            if tokenizer.add_tokens(list(tokens)) != len(tokens):
-                raise ValueError(f"tokens {list(tokens)}: the tokenizer took only some of them; choose others")
-            module = TokenRows(table, torch.stack(rows).float())
-            encoder.set_input_embeddings(module)
-            modules.append(module)
+        for tokenizer, encoder, own in zip(self.tokenizers, self.text_encoders, rows, strict=True):
+            ids = add_tokens(tokenizer, tokens)
+            modules.append(TokenRows(encoder.get_input_embeddings(), own.float().to(self.device), ids))
+            encoder.set_input_embeddings(modules[-1])
         return modules
 
     # --- denoising ---
@@ -233,7 +244,8 @@ class Backbone:
                 value = kept[name].double() + delta.to(kept[name].device).double()
                 self.parameters[name].data = value.to(kept[name].dtype)
             if tokens:
-                self._load_tokens(tokens)
+                self.copy_tokenizers()
+                self._add_rows(list(tokens), [torch.stack(rows) for rows in zip(*tokens.values(), strict=True)])
             yield
         finally:
             for name, weight in kept.items():
@@ -252,168 +264,27 @@ class Backbone:
         if len(self.tokenizers) == 2:
             self.pipe.tokenizer_2 = self.tokenizers[1]
 
-    def _load_tokens(self, tokens: dict[str, list[torch.Tensor]]) -> None:
-        self.copy_tokenizers()
-        for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
-            if tokenizer.add_tokens(list(tokens)) != len(tokens):
-                raise ValueError(f"tokens {list(tokens)}: the base model's tokenizer knows some already")
-            rows = torch.stack([rows[i].float() for rows in tokens.values()])
-            encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), rows.to(self.device)))
-
-
-@dataclass(frozen=True)
-class Base:
-    """What is known of a base model without its weights: side of its images, pixels; width of its text features;
-    its tokenizers, one or two."""
-
-    resolution: int
-    text_width: int
-    tokenizers: tuple[Any, ...]
-
-    def check_new(self, token: str, initializer: str | int) -> None:
-        """Raises: ValueError when a token cannot be taught: it is known, or its initialiser is not one token."""
-        for tokenizer in self.tokenizers:
-            _check_new(tokenizer, token)
-            _single_id(tokenizer, initializer)
-
-    def check_rare(self, word: str) -> None:
-        """Raises: ValueError when a word is not known as one token."""
-        for tokenizer in self.tokenizers:
-            if len(pieces := tokenizer.tokenize(word)) != 1:
-                raise ValueError(
-                    f"token {word!r}: this method needs a word that the base model's tokenizer has as one token, this "
-                    f"one is {len(pieces)}: {pieces}; choose another, like {RARE_WORDS[0]!r}"
-                )
-
-
-def check_base(path: str | Path) -> Base:
-    """Look at a base model's configurations and tokenizers, without its weights.
-
-    Raises: ValueError when it has no text cross-attention.
-    """
-    folder = local_model(path)
-    try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    except FileNotFoundError as error:
-        raise ValueError(f"base {str(path)!r}: no UNet with text cross-attention in it ({error.filename})") from None
-    with torch.device("meta"):
-        text_kv_layers(UNet2DConditionModel.from_config(unet))
-    places = [folder / "tokenizer", *folder.glob("tokenizer_2")]
-    return Base(
-        unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-        unet["cross_attention_dim"],
-        tuple(AutoTokenizer.from_pretrained(place) for place in places),
-    )
-
-
-def _check_new(tokenizer, token: str) -> None:
-    if token in tokenizer.get_vocab() or token + "</w>" in tokenizer.get_vocab():
-        raise ValueError(f"token {token!r}: the base model's tokenizer knows it already; choose another")
-
-
-def _single_id(tokenizer, word: str | int) -> int:
-    """Id of a word of one token, or of a piece of a word: the authors' `ktn` is one."""
-    if isinstance(word, int):
-        known = [rare for rare in RARE_WORDS if _ids_of(tokenizer, rare) is not None]
-        if not known:
-            raise ValueError(f"none of {RARE_WORDS} is one token for this base model; give each concept an initializer")
-        word = known[word % len(known)]
-    found = _ids_of(tokenizer, word)
-    if found is None:
-        pieces = tokenizer.tokenize(word)
-        raise ValueError(f"initializer {word!r}: must be one token for this base model, is {len(pieces)}: {pieces}")
-    return found
-
-
-def _ids_of(tokenizer, word: str) -> int | None:
-    ids = tokenizer(word, add_special_tokens=False).input_ids
-    return ids[0] if len(ids) == 1 else tokenizer.get_vocab().get(word)
-
-
-def text_kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """K and V projections that read text, by module name, in the order of the model.
-
-    Raises: ValueError when the model has none.
-    """
-    layers = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, Attention) and module.is_cross_attention:
-            layers[f"{name}.to_k"], layers[f"{name}.to_v"] = module.to_k, module.to_v
-    if not layers:
-        raise ValueError(f"the base model ({type(unet).__name__}) has no text cross-attention: nothing to train")
-    return layers
-
-
-def unet_parameters(unet: nn.Module, part: UNetPart) -> list[str]:
-    """Names of the parameters of a part of a UNet, as in `Backbone.parameters`; those of `text_kv` are the layers'."""
-    if part == "none":
-        return []
-    if part == "text_kv":
-        return list(text_kv_layers(unet))
-    names = [short_name(name) for name, _ in unet.named_parameters()]
-    if part == "all":
-        return names
-    found = [n for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
-    return [name for name in names if name.startswith(tuple(f"{n}." for n in found))]
-
-
-def short_name(parameter: str) -> str:
-    """`conv_in.weight` -> `conv_in`: a layer's name stands for its weight."""
-    return parameter.removesuffix(".weight")
-
-
-def base_digest(path: str | Path) -> str:
-    """Hash of a base model's files (weights, configs, tokenizer): a base is what it holds, not what it is called.
-
-    Only the parts that are used, and not their variants in other precisions, which come and go in a hub's cache.
-    Raises: ValueError when there is no such model.
-    """
-    folder = local_model(path)
-    files = [folder / "model_index.json"]
-    for part in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"):
-        found = sorted(p for p in (folder / part).glob("*") if p.suffix in (".json", ".txt", ".safetensors"))
-        files += [p for p in found if not any(f".{variant}" in p.name for variant in ("fp16", "bf16", "non_ema"))]
-    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _digest_of(str(folder), stamps)
-
-
-@functools.lru_cache(maxsize=8)
-def _digest_of(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for name, _, _ in stamps:
-        digest.update(Path(name).relative_to(folder).as_posix().encode())
-        with open(name, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def local_model(path: str | Path) -> Path:
-    """Folder of a diffusers model: the path itself, or the hub's copy in the local cache, downloaded if need be.
-
-    Raises: ValueError when there is no such model.
-    """
-    folder = Path(path)
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.exists() or str(path).startswith((".", "/")):
-        raise ValueError(f"base {str(path)!r}: no diffusers model there (a folder with model_index.json is one)")
-    try:
-        return Path(DiffusionPipeline.download(str(path), use_safetensors=True))
-    except Exception as error:  # the hub client raises a dozen kinds
-        raise ValueError(f"base {str(path)!r}: neither a folder nor to be had from the hub: {error}") from None
-
 
 def load_backbone(
     path: str | Path, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Backbone:
-    """Load a diffusers model from a folder or a hub name, safetensors only.
+    """Load a diffusers model from a folder or a hub name, safetensors only, without its safety checker: that puts black
+    images in the place of those it flags, which would be measured and trained on.
 
-    Raises: ValueError when it is missing, has no UNet, or no text cross-attention.
+    Raises: ValueError as `check_base`.
     """
-    folder = local_model(path)
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
-        raise ValueError(f"base {str(path)!r}: {type(pipe).__name__} has no UNet with a text encoder: nothing to train")
+    base = check_base(path)
+    pipe = base.pipeline.from_pretrained(
+        base.folder,
+        dtype=dtype,
+        variant=base.variant or None,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **base.left_out,
+        # of copies: whoever has the pipeline may teach them words
+        **dict(zip(("tokenizer", "tokenizer_2"), copy.deepcopy(base.words.tokenizers), strict=False)),
+    )
     pipe.set_progress_bar_config(disable=True)
     return Backbone(pipe.to(device or default_device()), base_digest(path))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +14,89 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from training.durable import replace
+
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file."""
+    """Write a safetensors file to a temporary name, then rename it: a reader never sees half a file, nor does one after
+    a power failure. Equal tensors and metadata make equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(part)
         part.chmod(0o644)  # safetensors leaves files that only their owner reads
-        os.replace(part, path)
+        replace(part, path)
     except SafetensorError as error:  # it hides the operating system's error, a full disk's too
         raise OSError(errno.EIO, str(error), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, where they stand: safetensors writes them in a random one."""
+    with path.open("r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise RuntimeError(f"{path}: its header is {size} bytes long, {len(text)} in order")
+        f.seek(8)
+        f.write(text)
+
+
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    with _open(path) as f:
+    """Tensors and metadata of a safetensors file.
+
+    Raises: FileNotFoundError when there is none; ValueError when it is damaged, or something else.
+    """
+    with _opened(path) as f:
         return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file, not a dict)
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load_numbers(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As `load_tensors`, of a file that may be a stranger's.
+
+    Raises: ValueError, too, for tensors of whole or complex numbers, or of fewer bits than float16, and for NaN and
+        infinite values.
+    """
+    tensors, metadata = load_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name!r} is {_short(tensor.dtype)}; expected {', '.join(map(_short, FLOATS))}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name!r} holds values that are not finite")
+    return tensors, metadata
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def load_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, whose tensors are not read."""
-    with _open(path) as f:
+    """Metadata of a safetensors file, whose tensors are not read. Raises: as `load_tensors`."""
+    with _opened(path) as f:
         return f.metadata() or {}
 
 
-def _open(path: Path) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path}: not a file")
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as f:
+            yield f
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except OSError as error:  # without the file's name
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

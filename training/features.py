@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from training.augment import View, plain_view, random_view
+from training.augment import View, mirrored, plain_view, random_view
 from training.backbone import Backbone, TextFeatures
 from training.checkpoint import load_tensors, save_tensors
+from training.seeds import generator
 
 ENCODE_BATCH = 16
 
@@ -60,9 +61,18 @@ class RegularizationFeatures:
 
 
 def concept_features(
-    backbone: Backbone, images: Sequence[Image.Image], digests: Sequence[str], *, views: int, augment: bool, seed: int
+    backbone: Backbone,
+    images: Sequence[Image.Image],
+    digests: Sequence[str],
+    *,
+    views: int,
+    augment: bool,
+    seed: int,
+    flip: bool = False,
 ) -> ConceptFeatures:
     """Encode `views` augmented views of each image (one plain view when not augmenting).
+
+    flip: half of the views show the image mirrored; not augmenting, one plain view of each kind is made.
 
     A view depends on the image's own content hash, its number and the seed, not on its neighbours: adding an image
     to a concept changes no other image's views.
@@ -70,31 +80,35 @@ def concept_features(
     made: list[View] = []
     for image, digest in zip(images, digests, strict=True):
         if not augment:
-            made.append(plain_view(image, backbone.resolution, backbone.factor))
+            shown = [image, ImageOps.mirror(image)] if flip else [image]
+            made += [plain_view(each, backbone.resolution, backbone.factor) for each in shown]
             continue
         for number in range(views):
             rng = np.random.default_rng([seed, number, int(digest[:15], 16)])
-            made.append(random_view(image, backbone.resolution, backbone.factor, rng))
+            view = random_view(image, backbone.resolution, backbone.factor, rng)
+            made.append(mirrored(view) if flip and rng.random() < 0.5 else view)
     key = hashlib.sha256("".join(digests).encode()).hexdigest()
     latents = _encode(backbone, [v.pixels for v in made], int(key[:15], 16) ^ seed)
     return ConceptFeatures(latents, torch.stack([v.mask for v in made]), [v.words for v in made])
 
 
 def regularization_features(
-    backbone: Backbone, samples: Iterable[tuple[Image.Image, str]], *, seed: int
+    backbone: Backbone, samples: Iterable[tuple[Image.Image, str]], *, seed: int, flip: bool = False
 ) -> RegularizationFeatures:
-    """Encode regularisation images (RGB, cut to the centre square) and their captions."""
+    """Encode regularisation images (RGB, cut to the centre square) and their captions. flip: mirror half of them."""
     pixels, captions = [], []
+    rng = np.random.default_rng(seed)
     for image, caption in samples:
-        pixels.append(plain_view(image, backbone.resolution, backbone.factor).pixels)
+        shown = ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
+        pixels.append(plain_view(shown, backbone.resolution, backbone.factor).pixels)
         captions.append(caption)
     return RegularizationFeatures(_encode(backbone, pixels, seed), text_features(backbone, captions), captions)
 
 
 def _encode(backbone: Backbone, pixels: list[torch.Tensor], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    random = generator(seed)
     batches = [torch.stack(pixels[i : i + ENCODE_BATCH]) for i in range(0, len(pixels), ENCODE_BATCH)]
-    return torch.cat([backbone.encode_images(batch, generator).float().cpu() for batch in batches])
+    return torch.cat([backbone.encode_images(batch, random).float().cpu() for batch in batches])
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from training.backbone import Backbone, TextFeatures
 from training.objective import masked_loss, target_of
 from training.pack import only, trained_layers
 from training.run import Member, Run, TrainingDiverged
+from training.seeds import generator
 from training.strategies import Single
 from training.weights import ConceptWeights
 
@@ -57,7 +58,7 @@ def train(
             than text K/V layers and token rows take one member.
         strategy: how several processes do this together, each of which calls `train` alike; one process when None.
         sample: called with a member, a file name and the step, with the backbone in the member's trained state, to
-            draw a grid.
+            draw a grid: every `sample_every` steps and at the end, never where that is None.
         progress: called with a member, its finished step and its loss.
 
     Raises:
@@ -98,7 +99,7 @@ def train(
         while active:
             for run in [run for run in active if run.done]:
                 run.close()
-                yield run.member, run.weights(backbone)
+                yield run.member, _outcome(run, backbone)
                 active.remove(run)
             if not active:
                 break
@@ -124,7 +125,7 @@ def train(
                 settings = run.member.settings
                 if progress:
                     progress(run.member, run.step, loss)
-                if sample and (run.step % settings.sample_every == 0 or run.done):
+                if sample and settings.sample_every and (run.step % settings.sample_every == 0 or run.done):
                     path = run.member.scratch / f"samples-{run.step:05d}.png"
                     # by all ranks, as each may hold only a share of the model
                     with _autocast(backbone), only(layers, i):
@@ -136,6 +137,13 @@ def train(
             # else they would take memory through the next forward and backward pass
             for parameter in (*(layer.weight for layer in layers.values()), *tokens):
                 parameter.grad = None
+
+
+def _outcome(run: Run, backbone: Backbone) -> ConceptWeights | TrainingDiverged:
+    try:
+        return run.weights(backbone)
+    except TrainingDiverged as error:
+        return error
 
 
 def _add_tokens(backbone: Backbone, members: Sequence[Member]) -> list[nn.Parameter]:
@@ -172,9 +180,9 @@ def _draw(member: Member, step: int, rank: int, ranks: int) -> _Samples:
     masks += [torch.ones_like(masks[0])] * len(prior_latents)
     weights += [settings.prior_weight / settings.batch_size] * len(prior_latents)
     drawn = torch.stack(latents + prior_latents)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    noise = torch.randn(drawn.shape, generator=generator)
-    moments = torch.rand(len(drawn), generator=generator)
+    random = generator(settings.seed * 1_000_003 + step)
+    noise = torch.randn(drawn.shape, generator=random)
+    moments = torch.rand(len(drawn), generator=random)
     size = settings.batch_size // ranks
     part = slice(rank * size, (rank + 1) * size)
     rows = [row for kind in range(0, len(drawn), settings.batch_size) for row in range(kind, len(drawn))[part]]

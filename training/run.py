@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
+import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +20,13 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.backbone import Backbone
-from training.checkpoint import optimizer_tensors, restore_optimizer, save_tensors
+from training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from training.features import ConceptFeatures, RegularizationFeatures
 from training.methods import METHODS, Method
 from training.pack import Layers
 from training.weights import ConceptWeights
+
+log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(ValueError):
@@ -60,7 +67,7 @@ class TrainingSettings:
     seed: int
     optimizer: str
     checkpoint_every: int
-    sample_every: int
+    sample_every: int | None
     method: str = "custom_diffusion"
     train_text_encoder: bool = False
 
@@ -84,8 +91,63 @@ class Member:
 
 
 Checkpoint = tuple[dict[str, torch.Tensor], dict[str, str]]
-"""Tensors and metadata: `weight.<parameter>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses. It is the same
-whatever the strategy was and however many ranks there were."""
+"""Tensors and metadata: `weight.<parameter>`, `rows.<text encoder>`, `optimizer.<i>.<name>`; the losses, and a checksum
+of the tensors. It is the same whatever the strategy was and however many ranks there were."""
+
+CHECKPOINT, OLDER = "checkpoint.safetensors", "checkpoint-older.safetensors"
+"""In a member's scratch folder: the last checkpoint, and the one before."""
+
+
+def find_checkpoint(
+    member: Member, backbone: Backbone, layers: Layers, tokens: Sequence[nn.Parameter]
+) -> Checkpoint | None:
+    """The newest checkpoint of a member that is whole; None where there is none, and the training begins at its start.
+
+    layers, tokens: as of `Run`. What is damaged is logged as a warning, and removed.
+    """
+    shapes = {f"weight.{name}": backbone.parameters[name].shape for name in layers}
+    shapes |= {f"rows.{i}": (len(member.taught), rows.shape[1]) for i, rows in enumerate(tokens) if member.taught}
+    for name in (CHECKPOINT, OLDER):
+        path = member.scratch / name
+        try:
+            tensors, metadata = load_tensors(path)
+            _check_checkpoint(tensors, metadata, shapes)
+            return tensors, metadata
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("%s: %s cannot be used, going on without it: %s", _names(member), path, error)
+            with contextlib.suppress(OSError):  # it would take the older one's place when the next is written
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def _check_checkpoint(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], shapes: dict[str, Sequence[int]]
+) -> None:
+    """Raises: ValueError unless it is what `Run.save` writes of a training with tensors of these shapes."""
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(f"it has no tensor {name!r} of the shape {tuple(shape)}")
+    losses = json.loads(metadata.get("losses", "null"))
+    if not (isinstance(losses, list) and losses and all(isinstance(loss, float) for loss in losses)):
+        raise ValueError("it has no losses")
+    # checkpoints of older versions have none
+    if metadata.get("checksum", checksum := _checksum(tensors)) != checksum:
+        raise ValueError("its tensors are not those that were written")
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Of the tensors' names and bytes."""
+    sum_ = 0
+    for name in sorted(tensors):
+        data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        sum_ = zlib.crc32(data, zlib.crc32(name.encode(), sum_))
+    return f"{sum_:08x}"
+
+
+def _names(member: Member) -> str:
+    return ", ".join(concept.name for concept in member.concepts)
 
 
 class Run:
@@ -121,7 +183,6 @@ class Run:
         self.optimizer = self.make_optimizer(list(self.matrices.values()), self.rows)
         if found:
             restore_optimizer(self.optimizer, found[0])
-        self.checkpoint = member.scratch / "checkpoint.safetensors"
         self.log = None
         if writes:
             member.scratch.mkdir(parents=True, exist_ok=True)
@@ -175,11 +236,13 @@ class Run:
     def check(self, loss: float, norm: float) -> None:
         for what, number in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(number):
-                raise TrainingDiverged(
-                    f"{', '.join(c.name for c in self.member.concepts)}: the {what} became {number} at step "
-                    f"{self.step + 1}; the checkpoint of an earlier step stays in {self.member.scratch}; lower "
-                    f"training.learning_rate (now {self.member.settings.learning_rate})"
-                )
+                raise self._diverged(f"the {what} became {number} at step {self.step + 1}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{_names(self.member)}: {what}; the checkpoint of an earlier step stays in {self.member.scratch}; lower "
+            f"training.learning_rate (now {self.member.settings.learning_rate})"
+        )
 
     def record(self, loss: float, norm: float) -> None:
         self.losses.append(loss)
@@ -212,10 +275,17 @@ class Run:
         tensors = {f"weight.{name}": weight for name, weight in matrices.items()}
         tensors |= {f"rows.{i}": row for i, row in enumerate(rows)} | self.optimizer_state()
         if self.log:
-            save_tensors(self.checkpoint, tensors, {"losses": json.dumps(self.losses)})
+            last = self.member.scratch / CHECKPOINT
+            with contextlib.suppress(FileNotFoundError):  # of the first
+                os.replace(last, last.with_name(OLDER))  # now: two are kept, and the next one's room is not a third's
+            save_tensors(last, tensors, {"losses": json.dumps(self.losses), "checksum": _checksum(tensors)})
 
     def weights(self, backbone: Backbone) -> ConceptWeights:
+        """What was trained. Raises: TrainingDiverged where it is no number: after the last step no loss says so."""
         matrices, rows = self.values()
+        for tensor in (*matrices.values(), *rows):
+            if not torch.isfinite(tensor).all():
+                raise self._diverged(f"a weight is no finite number after step {self.step}")
         deltas = {n: (w.detach() - backbone.parameters[n].float()).cpu() for n, w in matrices.items()}
         tokens = {c.token: [row[i].detach().cpu().clone() for row in rows] for i, c in enumerate(self.member.taught)}
         metadata = {

@@ -6,9 +6,7 @@ out are those that one process would have made, and any strategy goes on from an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.backbone import Backbone
-from training.checkpoint import load_tensors
 from training.pack import Layers
-from training.run import Checkpoint, Member, Run
+from training.run import Checkpoint, Member, Run, find_checkpoint
 
 
 class Single:
@@ -39,11 +36,13 @@ class Single:
         span: slice,
     ) -> Run:
         """The member's run, from its checkpoint where there is one; see `Run`."""
-        return Run(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
+        found = self._found(member, backbone, layers, tokens)
+        return Run(member, backbone, layers, tokens, span, found, writes=self.rank == 0)
 
-    def _found(self, member: Member) -> Checkpoint | None:
-        path = member.scratch / "checkpoint.safetensors"
-        return load_tensors(path) if path.exists() else None
+    def _found(
+        self, member: Member, backbone: Backbone, layers: Layers, tokens: Sequence[nn.Parameter]
+    ) -> Checkpoint | None:
+        return find_checkpoint(member, backbone, layers, tokens)
 
     def wrap(self, objective: nn.Module, runs: Sequence[Run]) -> nn.Module:
         """The objective as it is to be called; once the members' weights are the objective's."""
@@ -63,9 +62,11 @@ class DDP(Single):
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
-    def _found(self, member: Member) -> Checkpoint | None:
+    def _found(
+        self, member: Member, backbone: Backbone, layers: Layers, tokens: Sequence[nn.Parameter]
+    ) -> Checkpoint | None:
         # the ranks may be on machines that do not share the scratch folder
-        box = [super()._found(member) if self.rank == 0 else None]
+        box = [super()._found(member, backbone, layers, tokens) if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -102,7 +103,8 @@ class DeepSpeed(DDP):
         tokens: Sequence[nn.Parameter],
         span: slice,
     ) -> Run:
-        return _ZeroRun(member, backbone, layers, tokens, span, self._found(member), writes=self.rank == 0)
+        found = self._found(member, backbone, layers, tokens)
+        return _ZeroRun(member, backbone, layers, tokens, span, found, writes=self.rank == 0)
 
     def wrap(self, objective: nn.Module, runs: Sequence[Run]) -> nn.Module:
         import deepspeed
@@ -235,18 +237,17 @@ def deepspeed_config(batch_size: int, max_grad_norm: float, *, zero: Literal[1, 
     }
 
 
-def read_deepspeed_config(path: str, batch_size: int, ranks: int, max_grad_norm: float) -> dict[str, Any]:
-    """A DeepSpeed configuration of the user's own (JSON), completed with what the batch says. batch_size: of a step.
+def complete_deepspeed_config(
+    config: Any, where: str, batch_size: int, ranks: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """A DeepSpeed configuration of the user's own, completed with what the batch says. where: it is from, for messages.
+    batch_size: of a step.
 
-    Raises: ValueError when it cannot be read, shares nothing out, or asks for what the batch says otherwise.
+    Raises: ValueError when it is none, shares nothing out, or asks for what the batch says otherwise.
     """
-    where = f"training.deepspeed.config: {path}"
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{where}: expected a JSON object")
+    config = dict(config)
     for key in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"):
         if key in config:
             raise ValueError(f"{where}: {key!r} is not used: learning rates and precision are `training`'s")

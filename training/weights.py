@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.checkpoint import load_tensors, save_tensors
+from training.checkpoint import load_numbers, save_tensors
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class ConceptWeights:
 
     @classmethod
     def load(cls, path: Path) -> ConceptWeights:
-        tensors, metadata = load_tensors(path)
+        """Raises: ValueError naming the file when it is damaged, holds something else, or what is not finite."""
+        tensors, metadata = load_numbers(path)
         deltas = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
-        described = json.loads(metadata.get("polyconcept", "{}"))
+        described = describe(path, metadata)
         if described.get("kind") != "concept_weights":
             raise ValueError(f"{path}: holds no concept weights; found {sorted(tensors)[:3]}")
-        return cls(deltas, tokens_from(tensors), described)
+        return cls(deltas, tokens_from(tensors, path), described)
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +56,34 @@ def token_tensors(tokens: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tens
     return {f"token.{i}.{token}": row for token, rows in tokens.items() for i, row in enumerate(rows)}
 
 
-def tokens_from(tensors: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """The inverse of `token_tensors`; other keys are ignored."""
+def tokens_from(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, list[torch.Tensor]]:
+    """The inverse of `token_tensors`; other keys are ignored. path: of their file, for the message.
+
+    Raises: ValueError for a token that lacks the row of an encoder, or has something else than rows.
+    """
     found: dict[str, dict[int, torch.Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith("token."):
-            _, index, token = key.split(".", 2)
-            found.setdefault(token, {})[int(index)] = value
+        if not key.startswith("token."):
+            continue
+        named = re.fullmatch(r"token\.([0-9])\.(.+)", key, re.DOTALL)
+        if not named or value.ndim != 1:
+            raise ValueError(f"{path}: {key!r} of shape {tuple(value.shape)} is no row of a token")
+        found.setdefault(named[2], {})[int(named[1])] = value
+    for token, rows in found.items():
+        if sorted(rows) != list(range(len(rows))):
+            raise ValueError(f"{path}: token {token!r} has rows of the text encoders {sorted(rows)} only")
     return {token: [rows[i] for i in sorted(rows)] for token, rows in found.items()}
+
+
+def describe(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What a file of weights says of itself; empty when it is none of ours. path: for the message.
+
+    Raises: ValueError when that is no JSON object.
+    """
+    try:
+        described = json.loads(metadata.get("polyconcept", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata 'polyconcept' is no JSON: {error}") from None
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: its metadata 'polyconcept' is no JSON object")
+    return described

@@ -7,26 +7,37 @@ A study is a folder with `images.parquet` (or `images.csv`), a row per image wit
 are compared where concept, prompt and seed are the same.
 
 Raters are blind: nothing that reaches the browser (addresses, page, image files) tells the methods apart.
+
+Images may be private. A server on this machine's loopback answers only to names of it, so that another site cannot have
+a browser read them under its own name; one that other machines reach answers only under an address with a token in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import io
+import ipaddress
 import itertools
 import random
+import re
 import secrets
 import sqlite3
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 from aiohttp import web
-from PIL import Image
+from aiohttp.typedefs import Handler
 from scipy.stats import binomtest
+
+from retrieval.decoding import decode
+from training.images import list_images
 
 QUESTIONS = {"text": "Which image fits the text better?", "concept": "Which image shows this concept better?"}
 COLUMNS = ("method", "concept", "prompt", "seed", "image")
@@ -112,10 +123,7 @@ def load_study(folder: Path) -> Study:
     real = {}
     for concept in sorted({c.concept for c in comparisons}):
         place = folder / "concepts" / concept
-        files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
-            raise ValueError(f"{place}: no real images (.png, .jpg, .webp) of concept {concept!r}")
-        real[concept] = [_image_file(folder, file) for file in files[:REAL_IMAGES]]
+        real[concept] = [_image_file(folder, file) for file in list_images([str(place)])[:REAL_IMAGES]]
     return Study(tuple(comparisons), images, real, digest.hexdigest())
 
 
@@ -123,10 +131,11 @@ def _image_file(folder: Path, file: Path) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{file}: is outside of {folder}")
     try:
-        with Image.open(file) as image:
-            image.verify()
-    except (OSError, SyntaxError) as error:  # Pillow's SyntaxError is a broken PNG
-        raise ValueError(f"{file}: not an image: {error}") from None
+        decode(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: not an image: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not an image that can be shown: {error}") from None
     return file
 
 
@@ -177,6 +186,11 @@ def open_answers(file: Path, study: Study) -> sqlite3.Connection:
         if not answers.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             answers.executescript(f"BEGIN; {SCHEMA} INSERT INTO study VALUES ('{study.digest}'); COMMIT;")
         digest = answers.execute("SELECT digest FROM study").fetchone()
+        if digest == (study.digest,):  # files of before have none
+            answers.execute("CREATE TABLE IF NOT EXISTS server (key TEXT NOT NULL)")
+            answers.execute(
+                "INSERT INTO server SELECT ? WHERE NOT EXISTS (SELECT 1 FROM server)", (secrets.token_hex(32),)
+            )
     except sqlite3.DatabaseError as error:
         if answers:
             answers.close()
@@ -221,27 +235,34 @@ def shares(file: Path) -> pd.DataFrame:
 
 @dataclass
 class Pages:
-    """The handlers of the page's addresses. A rater is known by a random cookie; all else is in the database."""
+    """The handlers of the page's addresses. A rater is known by a random cookie; all else is in the database.
+
+    open_to_others: whether other machines reach them.
+    """
 
     study: Study
     answers: sqlite3.Connection
     pairs: int
+    open_to_others: bool = False
 
     def __post_init__(self) -> None:
+        (self.key,) = self.answers.execute("SELECT key FROM server").fetchone()
+        # the same at every start: links that raters have go on
+        self.root = f"/{self._derived('address').hex()[:32]}" if self.open_to_others else ""
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
         )
         self.template = environment.get_template("preference.html.jinja")
 
     def application(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=() if self.open_to_others else (_names_of_this_machine,))
         app.add_routes(
             [
-                web.get("/", self.question),
-                web.post("/answer", self.answer),
-                web.post("/rater", self.another_rater),
-                web.get("/image/{view}/{side:left|right}", self.image),
-                web.get(r"/real/{view}/{number:\d}", self.real),
+                web.get(f"{self.root}/", self.question),
+                web.post(f"{self.root}/answer", self.answer),
+                web.post(f"{self.root}/rater", self.another_rater),
+                web.get(self.root + "/image/{view}/{side:left|right}", self.image),
+                web.get(self.root + "/real/{view}/{number:[0-9]}", self.real),
             ]
         )
         return app
@@ -250,14 +271,16 @@ class Pages:
         """The rater's first open question, or the one asked for by `?number=`."""
         rater, views = self._rater(request)
         if rater is None:
-            rater, views = self._new_rater()
+            rater = secrets.token_urlsafe(16)
+            views = self._views_of(rater)
         chosen = self._chosen(rater)
         asked = [(view, question) for view in views for question in QUESTIONS]
         open_ = [n for n, (v, q) in enumerate(asked) if (v.comparison, q) not in chosen]
-        number = request.query.get("number", "")
-        if number.isdecimal() and 1 <= int(number) <= len(asked):
-            at = int(number) - 1
-        else:
+        number = request.query.get("number", "0")
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise web.HTTPBadRequest(text="number: a question's number is wanted, from 1 on")
+        at = int(number) - 1
+        if not 0 <= at < len(asked):
             at = open_[0] if open_ else len(asked)
         view, question = asked[at] if at < len(asked) else (None, "")
         nonce = secrets.token_urlsafe(16)
@@ -274,34 +297,36 @@ class Pages:
             answered=len(asked) - len(open_),
             side=side,
             nonce=nonce,
+            root=self.root,
         )
         response = web.Response(text=page, content_type="text/html", headers={"Cache-Control": "no-store"})
         response.headers["Content-Security-Policy"] = (
             f"default-src 'none'; img-src 'self' data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
             "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
         )
-        _set_cookie(response, rater)
+        self._set_cookie(response, rater)
         return response
 
     async def answer(self, request: web.Request) -> web.Response:
         """Keep one answer, or what the rater now answers instead."""
-        form = await request.post()
+        form = await _form(request)
         rater, view = self._view(request, str(form.get("view", "")))
         question, side = form.get("question"), form.get("side")
         if question not in QUESTIONS or side not in ("left", "right"):
             raise web.HTTPBadRequest(text="an answer has a question and a side")
         c = view.comparison
+        self.answers.execute("INSERT OR IGNORE INTO raters (rater, secret) VALUES (?, ?)", (rater, self._secret(rater)))
         self.answers.execute(
             "INSERT INTO answers (rater, concept, prompt, seed, method_a, method_b, question, chosen)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET chosen = excluded.chosen,"
             " answered = CURRENT_TIMESTAMP",
             (rater, c.concept, c.prompt, c.seed, c.method_a, c.method_b, question, getattr(view, str(side))),
         )
-        raise web.HTTPSeeOther("/")
+        raise web.HTTPSeeOther(f"{self.root}/")
 
     async def another_rater(self, request: web.Request) -> web.Response:
-        response = web.HTTPSeeOther("/")
-        _set_cookie(response, self._new_rater()[0])
+        response = web.HTTPSeeOther(f"{self.root}/")
+        self._set_cookie(response, secrets.token_urlsafe(16))
         raise response
 
     async def image(self, request: web.Request) -> web.Response:
@@ -319,13 +344,23 @@ class Pages:
 
     def _rater(self, request: web.Request) -> tuple[str | None, list[View]]:
         rater = request.cookies.get("rater", "")
-        row = self.answers.execute("SELECT secret FROM raters WHERE rater = ?", (rater,)).fetchone()
-        return (rater, views_of(self.study, row[0], self.pairs)) if row else (None, [])
+        return (rater, self._views_of(rater)) if re.fullmatch("[A-Za-z0-9_-]{22}", rater) else (None, [])
 
-    def _new_rater(self) -> tuple[str, list[View]]:
-        rater, secret = secrets.token_urlsafe(16), secrets.randbits(63)
-        self.answers.execute("INSERT INTO raters (rater, secret) VALUES (?, ?)", (rater, secret))
-        return rater, views_of(self.study, secret, self.pairs)
+    def _views_of(self, rater: str) -> list[View]:
+        row = self.answers.execute("SELECT secret FROM raters WHERE rater = ?", (rater,)).fetchone()
+        return views_of(self.study, row[0] if row else self._secret(rater), self.pairs)
+
+    def _secret(self, rater: str) -> int:
+        """Of a rater without an answer yet, of whom nothing is stored: a page that is only looked at, as by a crawler,
+        leaves nothing behind."""
+        return int.from_bytes(self._derived(f"rater {rater}")[:8]) >> 1
+
+    def _derived(self, what: str) -> bytes:
+        return hmac.digest(self.key.encode(), what.encode(), "sha256")
+
+    def _set_cookie(self, response: web.StreamResponse, rater: str) -> None:
+        # Lax: a link to the page from a mail shall find the cookie; forms of other sites shall not
+        response.set_cookie("rater", rater, max_age=365 * 86400, path=f"{self.root}/", httponly=True, samesite="Lax")
 
     def _view(self, request: web.Request, view_id: str) -> tuple[str, View]:
         """A page that an earlier rater left open in this browser has views that the present one does not have."""
@@ -342,9 +377,34 @@ class Pages:
         return {(Comparison(*row[:5]), row[5]): row[6] for row in rows}
 
 
-def _set_cookie(response: web.StreamResponse, rater: str) -> None:
-    # Lax: a link to the page from a mail shall find the cookie; forms of other sites shall not
-    response.set_cookie("rater", rater, max_age=365 * 86400, httponly=True, samesite="Lax")
+async def _form(request: web.Request) -> Mapping[str, Any]:
+    """Fields of the page's form. Raises: HTTPBadRequest for what it does not send."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        raise web.HTTPBadRequest(text="a form is wanted as browsers send it: application/x-www-form-urlencoded")
+    try:
+        return await request.post()
+    except (ValueError, LookupError) as error:  # no such encoding, or not in it
+        raise web.HTTPBadRequest(text=f"the form cannot be read: {error}") from None
+
+
+@web.middleware
+async def _names_of_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses what asks for another host: its name may be a stranger's that now leads here (DNS rebinding)."""
+    asked = request.headers.get("Host", "")
+    if not _is_loopback(asked if asked.endswith("]") else asked.rpartition(":")[0] or asked):
+        raise web.HTTPMisdirectedRequest(
+            text="This page is there for this machine only, as http://localhost or http://127.0.0.1 with its port. "
+            "Other machines are let in by `--host 0.0.0.0`."
+        )
+    return await handler(request)
+
+
+def _is_loopback(name: str) -> bool:
+    """name: `localhost`, or an address, in brackets or not."""
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 async def _picture(file: Path) -> web.Response:
@@ -352,7 +412,7 @@ async def _picture(file: Path) -> web.Response:
 
     def pixels() -> bytes:
         data = io.BytesIO()
-        Image.open(file).convert("RGB").save(data, "png")
+        decode(file.read_bytes()).image.save(data, "png")
         return data.getvalue()
 
     body = await asyncio.to_thread(pixels)
@@ -360,7 +420,7 @@ async def _picture(file: Path) -> web.Response:
 
 
 def serve(folder: Path, answers: Path, *, host: str, port: int, pairs: int) -> None:
-    """Serve a study's page until interrupted.
+    """Serve a study's page until interrupted. Beyond loopback its address has a token in it, which is printed.
 
     Raises:
         ValueError: the folder or the answers' file is not as it has to be.
@@ -368,13 +428,13 @@ def serve(folder: Path, answers: Path, *, host: str, port: int, pairs: int) -> N
     """
     study = load_study(folder)
     connection = open_answers(answers, study)
+
+    def announce(text: str) -> None:
+        text = text.replace("======== ", "").replace(" ========", "")
+        print(re.sub(r"http://[^\s,]+", rf"\g<0>{pages.root}/", text), flush=True)
+
     try:
-        web.run_app(
-            Pages(study, connection, pairs).application(), host=host, port=port, access_log=None, print=_announce
-        )
+        pages = Pages(study, connection, pairs, open_to_others=not _is_loopback(host))
+        web.run_app(pages.application(), host=host, port=port, access_log=None, print=announce)
     finally:
         connection.close()
-
-
-def _announce(text: str) -> None:
-    print(text.replace("======== ", "").replace(" ========", ""), flush=True)

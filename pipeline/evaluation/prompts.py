@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.reading import read_lines, shown
+
 PLACES = ("{}",)
 TWO_PLACES = ("{0}", "{1}")
 
@@ -19,7 +21,8 @@ def check_prompt(prompt: str, places: Sequence[str] = PLACES) -> str:
     if any(prompt.count(place) != 1 for place in places) or "{" in rest or "}" in rest:
         example = "photo of a {}" if len(places) == 1 else "photo of a {0} and a {1}"
         raise ValueError(
-            f"a prompt names the concept once by {' and '.join(map(repr, places))}, as in {example!r}; found {prompt!r}"
+            f"a prompt names the concept once by {' and '.join(map(repr, places))}, as in {example!r}; found "
+            f"{shown(prompt)}"
         )
     return prompt
 
@@ -33,17 +36,12 @@ def read_prompts(path: Path, places: Sequence[str] = PLACES) -> tuple[str, ...]:
     Raises:
         ValueError: naming the file and the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                prompts.append(check_prompt(line.strip(), places))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+    for number, line in read_lines(path, "file of prompts, one a line"):
+        try:
+            prompts.append(check_prompt(line, places))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
     return tuple(prompts)

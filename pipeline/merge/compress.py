@@ -115,6 +115,10 @@ def rounded(model: MergedModel) -> MergedModel:
             norms = model.right[layer].double().norm(dim=1).clamp(min=1e-30)
             right[layer] = (model.right[layer].double() / norms[:, None]).half()
             left[layer] = (model.left[layer].double() * norms).half()
-    if not all(torch.isfinite(t).all() for t in left.values()):
-        raise ValueError("compress: factors overflow float16; the constraints are nearly dependent, use the soft form")
+    for layer, value in left.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"merge: the change of {layer} is too large for float16: a concept's training went wrong, or concepts "
+                "nearly agree; look at their samples, or use `merge: {form: soft}`"
+            )
     return MergedModel(left, right, model.tokens, model.metadata)

@@ -34,7 +34,8 @@ def constraint_of(backbone: Backbone, weights: ConceptWeights, prompts: Sequence
     end-of-text ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
     `diffusers_composenW.py`).
 
-    Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else.
+    Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else, and for
+        prompts that are too long.
     """
     if set(weights.deltas) != set(backbone.layers):
         raise ValueError(
@@ -48,6 +49,7 @@ def constraint_of(backbone: Backbone, weights: ConceptWeights, prompts: Sequence
             rows = []
             for prompt in prompts:
                 caption = prompt.format(f"{described['token']} {described['class_word']}".strip())
+                backbone.words.check_fits([caption])
                 first = len(tokenizer(prompt.partition("{}")[0]).input_ids) - 1  # without its end-of-text
                 features = backbone.encode_text([caption]).hidden[0].cpu().double()
                 rows.append(features[first : backbone.num_tokens(caption) + 1])

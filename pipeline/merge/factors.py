@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import load_tensors, save_tensors
-from training.weights import token_tensors, tokens_from
+from training.checkpoint import load_numbers, save_tensors
+from training.weights import describe, token_tensors, tokens_from
 
 SHARED = "shared"
 
@@ -64,9 +64,17 @@ class MergedModel:
 
     @classmethod
     def load(cls, path: Path) -> MergedModel:
-        tensors, metadata = load_tensors(path)
+        """Raises: ValueError naming the file when it is damaged, holds something else, values that are not finite, or
+        factors that do not go together."""
+        tensors, metadata = load_numbers(path)
         left = {k.removeprefix("left."): v for k, v in tensors.items() if k.startswith("left.")}
         right = {k.removeprefix("right."): v for k, v in tensors.items() if k.startswith("right.")}
         if not left or not right:
             raise ValueError(f"{path}: holds no merged model (no 'left.*' and 'right.*'); found {sorted(tensors)[:3]}")
-        return cls(left, right, tokens_from(tensors), json.loads(metadata.get("polyconcept", "{}")))
+        model = cls(left, right, tokens_from(tensors, path), describe(path, metadata))
+        for layer in left:
+            factors = (left[layer], right.get(SHARED, right.get(layer, torch.empty(0))))
+            if not (factors[0].ndim == factors[1].ndim == 2 and factors[0].shape[1] == len(factors[1]) > 0):
+                shapes = " and ".join(str(tuple(factor.shape)) for factor in factors)
+                raise ValueError(f"{path}: the factors of {layer!r}, {shapes}, do not go together")
+        return model

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,9 @@ from training.checkpoint import load_tensors, save_tensors
 
 INDEPENDENT = 1e12
 """Condition of C G^-1 C^T up to which rows count as independent: then four of float64's sixteen digits are left."""
-TOLERATED = 0.5
-"""Drift of the hard form up to which `auto` takes it. On the miniature, merges of three concepts have 0.01 to 0.04 in
-either form; six trainings of one cat 0.40 (soft: 0.32), eighteen of three concepts 2.5 (soft: 0.9)."""
+PENALTIES = (1e-6, 100.0)
+"""Between which a penalty is chosen, relative to the mean of G's diagonal. At the upper end the soft form meets its
+constraints as the hard one does; at the lower end it changes next to nothing."""
 
 
 class Dependent(ValueError):
@@ -51,7 +52,7 @@ class Dependent(ValueError):
 class MergeReport:
     """How well a merge did.
 
-    form: that was solved; why: that one.
+    form: that was solved; why: that one. penalty: of the soft form, relative to the mean of G's diagonal; else None.
     residuals: concept -> worst layer's ||W^ C_i^T - V_i|| / ||V_i - W_0 C_i^T||: 0 is met exactly, 1 not at all.
     drift: ||(W^ - W_0) C_reg^T|| / ||W_0 C_reg^T|| over all layers: how far the regularisation captions moved.
     condition: of the system that was solved; rows: s.
@@ -63,6 +64,7 @@ class MergeReport:
     drift: float
     condition: float
     rows: int
+    penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def merge(
     *,
     form: Literal["auto", "hard", "soft"] = "auto",
     damping: float = 1e-6,
-    penalty: float = 100.0,
+    max_drift: float = 0.1,
+    penalty: float | None = None,
 ) -> tuple[MergedModel, MergeReport]:
     """Solve the merge.
 
@@ -166,15 +169,16 @@ def merge(
         regularization: C_reg, (m, d) float64.
         base: layer -> W_0 (out, d), for the drift.
         form: `auto` takes the hard form while the rows are independent (no more than d, and `INDEPENDENT`) and meeting
-            them leaves the regularisation captions about where they are (`TOLERATED`): two concepts that nearly agree
-            in their rows and not in what they demand of them can be met exactly, but at the cost of everything else.
+            them exactly keeps to `max_drift`. Two concepts that nearly agree in their rows and not in what they demand
+            of them can be met exactly, but at the cost of everything else.
         damping: added to G's diagonal, relative to its mean.
-        penalty: mu of the soft form, relative to the mean of G's diagonal.
+        max_drift: how far the regularisation captions may move, see `MergeReport.drift`.
+        penalty: mu of the soft form, relative to the mean of G's diagonal; None: the largest that keeps to `max_drift`.
 
     Returns: the merged model in float64 factors without tokens, and the report.
     Raises: ValueError when the hard form is asked for and the rows are not independent, or G is singular.
     """
-    gram, scale = damped_gram(regularization, damping)
+    gram, _ = damped_gram(regularization, damping)
     why = "asked for"
     if form != "soft":
         try:
@@ -188,13 +192,21 @@ def merge(
             moved = f"meeting all constraints exactly moves the regularisation captions by {measured.drift:.2g}"
             if form == "hard":
                 return model, measured
-            if measured.drift <= TOLERATED:
+            if measured.drift <= max_drift:
                 return model, dataclasses.replace(
-                    measured, why=f"{moved} of their size, at most {TOLERATED} is allowed"
+                    measured, why=f"{moved} of their size, at most {max_drift:g} is allowed"
                 )
-            why = f"{moved} of their size, more than the {TOLERATED} that are allowed: some concepts nearly agree"
-    model, condition = solve_soft(Sums.over(constraints), gram, penalty * scale)
-    return model, report(model, constraints, regularization, base, form="soft", why=why, condition=condition)
+            why = f"{moved} of their size, more than the {max_drift:g} that are allowed"
+    return merge_sums(
+        Sums.over(constraints),
+        constraints,
+        regularization,
+        base,
+        damping=damping,
+        max_drift=max_drift,
+        penalty=penalty,
+        why=why,
+    )
 
 
 def merge_sums(
@@ -204,14 +216,59 @@ def merge_sums(
     base: dict[str, torch.Tensor],
     *,
     damping: float,
-    penalty: float,
+    max_drift: float,
+    penalty: float | None = None,
+    why: str = "",
 ) -> tuple[MergedModel, MergeReport]:
-    """As `merge`, in the soft form, from sums; `constraints` are those that the report measures, none are needed."""
+    """As `merge`, in the soft form, from sums; `constraints` are those that the report measures, none are needed.
+
+    why: this form was taken; by default, that there are only sums.
+    """
     gram, scale = damped_gram(regularization, damping)
+    if penalty is None:
+        penalty = allowed_penalty(sums, gram, base, max_drift) / float(scale)
     model, condition = solve_soft(sums, gram, penalty * scale)
-    why = _too_many(sums.rows, sums.names, len(gram)) if sums.rows > len(gram) else "solved from sums"
+    if not why:
+        why = _too_many(sums.rows, sums.names, len(gram)) if sums.rows > len(gram) else "solved from sums"
     measured = report(model, constraints, regularization, base, form="soft", why=why, condition=condition)
-    return model, dataclasses.replace(measured, rows=sums.rows)
+    return model, dataclasses.replace(measured, rows=sums.rows, penalty=penalty)
+
+
+def allowed_penalty(sums: Sums, gram: torch.Tensor, base: dict[str, torch.Tensor], max_drift: float) -> float:
+    """The largest mu, absolute, with which the soft form drifts by `max_drift` at most; within `PENALTIES`.
+
+    With G = F F^T and F^-1 C^T C F^-T = U diag(a) U^T, the soft form moves the regularisation captions by
+
+        ||(W^ - W_0) C_reg^T||^2 = sum_j (mu / (1 + mu a_j))^2 ||(U^T F^-1 C^T D)_j||^2,
+
+    which grows with mu: one eigenvalue problem, whatever the number of concepts, and then a search in one number.
+
+    Args:
+        gram: G (d, d), damped. base: layer -> W_0 (out, d). max_drift: relative, see `MergeReport.drift`.
+    Raises: ValueError when G is singular.
+    """
+    factor = gram_factor(gram)
+
+    def divided(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve_triangular(factor, matrix, upper=False)
+
+    values, vectors = torch.linalg.eigh(divided(divided(sums.gram).T))
+    values = values.clamp(min=0)
+    demanded = sum((vectors.T @ divided(cross)).square().sum(1) for cross in sums.cross.values())
+    stayed = sum(((w0 := weight.double().cpu()) @ gram * w0).sum() for weight in base.values())
+    scale = float(gram.diagonal().mean())
+    low, high = (math.log(relative * scale) for relative in PENALTIES)
+
+    def drift(logarithm: float) -> float:
+        mu = math.exp(logarithm)
+        return float(((mu / (1 + mu * values)).square() * demanded).sum() / stayed) ** 0.5
+
+    if drift(high) <= max_drift:
+        return math.exp(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if drift(middle) <= max_drift else (low, middle)
+    return math.exp(low)
 
 
 def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[MergedModel, float]:

@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.miniature import world
 from pipeline.miniature.identity import IdentityNet
+from pipeline.release.formats import save_text_encoder
 from training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 
 PACKAGE = Path(__file__).parent
@@ -590,6 +591,8 @@ def export(out: Path, package: Path = PACKAGE) -> None:
         part.half()
     shutil.rmtree(package / "model", ignore_errors=True)
     pipe.save_pretrained(package / "model")
+    save_text_encoder(pipe.text_encoder, package / "model" / "text_encoder")
+    save_vocabulary(package / "model" / "tokenizer")
     (package / "clip").mkdir(exist_ok=True)
     save_tensors(
         package / "clip" / "open_clip_model.safetensors",
@@ -604,6 +607,15 @@ def export(out: Path, package: Path = PACKAGE) -> None:
         package / "identity" / "model.safetensors",
         {k: v.half() if v.is_floating_point() else v for k, v in identity.state_dict().items()},
     )
+
+
+def save_vocabulary(folder: Path) -> None:
+    """Write a tokenizer's vocabulary once more as `vocab.json` and `merges.txt`: what `CLIPTokenizer` reads in version
+    4 of transformers, of which version 5 writes neither."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
 
 
 def adopt(out: Path, package: Path = PACKAGE) -> None:

@@ -1,12 +1,14 @@
 """The model card: `README.md` of a release, with Hugging Face front matter and code that runs as it stands.
 
 Its code names a precision: of bases stored in float16, transformers loads the text encoder as such and diffusers the
-rest in float32, which do not go together.
+rest in float32, which do not go together. A base that is a folder goes by the folder's own name: where it lay is
+nobody's business, and no reader has it there.
 """
 
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,13 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.release.formats import CUSTOM_DIFFUSION, LORA, embedding_files, token_files
+from pipeline.release.formats import CUSTOM_DIFFUSION, LORA, file_stem, token_files
 from training.methods import METHODS
 
 CARD = "README.md"
+MINIATURE = "miniature"
+LOADERS = ("diffusers", "transformers", "peft", "torch")
+"""Packages that a release's files were loaded back by."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ def write_card(
     """Write `README.md` into a folder that `write_formats` or `write_whole` has filled; it tells of what is there.
 
     Args:
-        name: of the batch; also of the file under `comfyui/`.
-        base_model: folder or hub name, as `from_pretrained` takes it.
+        name: of the batch, which the files were named after.
+        base_model: folder or hub name, as `from_pretrained` takes it, or `miniature`.
         base_digest: hash of the base's weights, since bases vanish and change under their hub names.
         method: name of the method in `training.methods`.
         license: as the hub knows it (`mit`, `creativeml-openrail-m`); `other` when empty, since the hub asks for one.
@@ -75,24 +80,25 @@ def write_card(
         raise ValueError(f"{folder / grid}: no such picture; write the sample grid before the card")
     parts = _parts(folder)
     # of the concepts' words those that were made: a rare word is the base's own, a new category has none
-    tokens = [token for token, file in token_files(c.token for c in concepts).items() if (folder / file).is_file()]
+    files = token_files([c.token for c in concepts if c.token], name)
+    files = {token: file for token, file in files.items() if (folder / file).is_file()}
+    words = {token: Path(file).stem for token, file in files.items()}
     tags = ["text-to-image", "diffusers", method.replace("_", "-"), "polyconcept"]
     if lora := (folder / LORA).is_file():
         tags.append("lora")
-    if tokens:
+    if words:
         tags.append("textual-inversion")
     prompts = [f"photo of a {c.phrase}" for c in concepts]
-    words = {token: Path(file).stem for token, file in embedding_files(tokens).items()}
-    # the front matter takes only the hub's own names
-    named = license or (f"[{_cell(license_name)}]({license_link})" if license_link else _cell(license_name))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    first = concepts[0]
+    base, base_code = _base(base_model)
     front = ModelCardData(
-        license=license or "other",
-        license_name=license_name or None,
-        license_link=license_link or None,
+        # of these three the front matter takes the hub's own names, one line each
+        license=_line(license) or "other",
+        license_name=_line(license_name) or None,
+        license_link=_line(license_link) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=base_model if on_hub else None,
+        base_model=base if base_code == repr(base) else None,
         instance_prompt=", ".join(prompts),
         tags=tags,
     )
@@ -104,22 +110,22 @@ def write_card(
         has_lora=lora,
         parts=parts,
         loaded=", ".join(["BASE", *(f"{part}={part}" for part in parts)]),
-        file_name=name,
-        base_model=_cell(base_model),
+        file_name=file_stem(name),
+        base_model=_cell(base),
         base_digest=base_digest,
-        license=named or "not stated: ask whoever published it",
-        base_code=repr(base_model),
+        license=_license(license, license_name, license_link),
+        base_code=base_code,
+        is_miniature=base_model == MINIATURE,
         grid=grid,
         table=_table(concepts),
         prompt_code=repr(prompts[0]),
-        prompt=_cell(prompts[0].replace(concepts[0].token, words[concepts[0].token]))
-        if concepts[0].token in words
-        else _cell(prompts[0]),
-        load_tokens=_load_tokens(tokens, two_encoders),
-        words={_cell(token): word for token, word in words.items()},
+        prompt=_cell(f"photo of a {words.get(first.token, first.token)} {first.class_word}"),
+        load_tokens=_load_tokens(files, two_encoders),
+        words=[(_cell(token), word) for token, word in words.items()],
         two_encoders=two_encoders,
         custom_diffusion=CUSTOM_DIFFUSION,
         lora=LORA,
+        tested=", ".join(f"{package} {importlib.metadata.version(package)}" for package in LOADERS),
     )
     path = folder / CARD
     path.write_text(str(card), encoding="utf-8")
@@ -137,19 +143,40 @@ def _parts(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _load_tokens(tokens: Sequence[str], two_encoders: bool) -> str:
-    """Code that gives a diffusers pipeline the new words; empty when there are none."""
-    files = token_files(tokens)
+def _base(base_model: str) -> tuple[str, str]:
+    """What the card calls the base, and the code that `BASE` is set to: the hub's name in quotes, or what finds a
+    folder."""
+    if base_model == MINIATURE:
+        return MINIATURE, 'files("pipeline.miniature") / "model"'
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists():
+        return base_model, repr(base_model)
+    name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1]
+    return name, f"{name!r}  # where you have the folder of this base model"
+
+
+def _license(license: str, name: str, link: str) -> str:
+    """The licence as the card says it. Its parts are what somebody typed: they end neither the line nor the page."""
+    if license or not link:
+        return _cell(license or name) or "not stated: ask whoever published it"
+    # of other schemes browsers run some
+    if re.match(r"https?://", link):
+        return f'<a href="{html.escape(_line(link))}">{_cell(name or link)}</a>'
+    return f"{_cell(name)} ({_cell(link)})"
+
+
+def _load_tokens(files: Mapping[str, str], two_encoders: bool) -> str:
+    """Code that gives a diffusers pipeline the new words, all at once: each call copies the whole table of words. Empty
+    when there are none."""
     if not files:
         return ""
+    words = f"words = {dict(files)!r}\n"
     if not two_encoders:
-        return f"for file in {list(files.values())!r}:\n    pipe.load_textual_inversion(RELEASE, weight_name=file)"
-    return (
-        f"for token, file in {files!r}.items():\n"
-        '    rows = load_file(f"{RELEASE}/{file}")\n'
-        '    for key, end in {"clip_l": "", "clip_g": "_2"}.items():\n'
-        '        parts = {name: getattr(pipe, name + end) for name in ("tokenizer", "text_encoder")}\n'
-        "        pipe.load_textual_inversion(rows[key], token=token, **parts)"
+        return words + 'pipe.load_textual_inversion([f"{RELEASE}/{w}" for w in words.values()], token=list(words))'
+    return words + (
+        'rows = [load_file(f"{RELEASE}/{w}") for w in words.values()]\n'
+        'for key, end in {"clip_l": "", "clip_g": "_2"}.items():\n'
+        '    parts = {name: getattr(pipe, name + end) for name in ("tokenizer", "text_encoder")}\n'
+        "    pipe.load_textual_inversion([row[key] for row in rows], token=list(words), **parts)"
     )
 
 
@@ -171,9 +198,15 @@ def _table(concepts: Sequence[CardConcept]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _line(text: str) -> str:
+    """Text on one line, without control characters."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
 def _cell(text: str) -> str:
-    """Text that neither ends a table's cell nor is taken for HTML."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;").replace("`", "&#96;")
+    """Text that neither ends a table's cell nor is taken for HTML or a link."""
+    text = html.escape(_line(text), quote=False)
+    return re.sub(r"[|`\[\]*\\]", lambda m: f"&#{ord(m[0])};", text)
 
 
 TEMPLATE = """---
@@ -200,19 +233,20 @@ for each concept; the model itself is unchanged.
 
 {{ table }}
 
-Base model: <code>{{ base_model }}</code>{% if base_digest %}, digest of its weights `{{ base_digest }}`{% endif %}.
+Base model: <code>{{ base_model }}</code>{% if is_miniature %}, which comes with polyconcept{% endif %}
+{%- if base_digest %}, digest of its weights `{{ base_digest }}`{% endif %}.
 
 Licence of these weights: {{ license }}. What is made with them also falls under the licence of the base model.
 
 ## In diffusers
 
-Run in this folder, or set `RELEASE` to where it is.
+Run in this folder, or set `RELEASE` to where it is. Loaded back with {{ tested }}.
 {%- if has_lora %} Either way below gives the same pictures but for rounding; the LoRA is exact and the smaller.
 
 ### As a LoRA
 
 ```python
-import torch
+{{ "from importlib.resources import files\n\n" if is_miniature }}import torch
 from diffusers import DiffusionPipeline
 {{- "\nfrom safetensors.torch import load_file" if two_encoders }}
 
@@ -227,13 +261,15 @@ image = pipe({{ prompt_code }}).images[0]
 image.save("lora.png")
 ```
 
+With peft alone: `PeftModel.from_pretrained(pipe.unet, RELEASE)`.
+
 ### As Custom Diffusion weights
 
 `_pipeline=pipe` is needed: without it diffusers reads the file and installs nothing
 ([diffusers#9320](https://github.com/huggingface/diffusers/issues/9320)).
 
 ```python
-import torch
+{{ "from importlib.resources import files\n\n" if is_miniature }}import torch
 from diffusers import DiffusionPipeline
 {{- "\nfrom safetensors.torch import load_file" if two_encoders }}
 
@@ -250,7 +286,7 @@ image.save("custom_diffusion.png")
 {%- else %}
 
 ```python
-import torch
+{{ "from importlib.resources import files\n\n" if is_miniature }}import torch
 from diffusers import DiffusionPipeline
 {%- for library, loader in parts.values() %}
 from {{ library }} import {{ loader }}
@@ -278,13 +314,16 @@ Copy `comfyui/{{ file_name }}.safetensors` to `models/loras` (ComfyUI) or `model
 {% endif -%}
 {% if words -%}
 Copy the files in `comfyui/embeddings` to `models/embeddings` (ComfyUI) or `embeddings` (A1111). There the new words
-have their files' names:
-{% for token, word in words.items() %}
-- <code>{{ token }}</code>: `embedding:{{ word }}` in ComfyUI, `{{ word }}` in A1111
+go by their files' names, so write:
+
+| for | in ComfyUI | in A1111 |
+| --- | --- | --- |
+{%- for token, word in words %}
+| <code>{{ token }}</code> | `embedding:{{ word }}` | `{{ word }}` |
 {%- endfor %}
 {% endif %}
 {%- if has_lora %}
-So: `{{ prompt }} <lora:{{ file_name }}:1>` in A1111. Strength 1 is what was trained and measured.
+So: <code>{{ prompt }} &lt;lora:{{ file_name }}:1&gt;</code> in A1111. Strength 1 is what was trained and measured.
 {% elif parts %}
 The changed parts of the model have no form of their own there: the words alone are not enough.
 {% endif %}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
-from pipeline.release.publish import MANIFEST, resolve, verify
-from pipeline.release.versions import fetch, read
+from pipeline.reading import read_written
+from pipeline.release.publish import MANIFEST, resolve
+from pipeline.release.versions import fetch_whole, read
 
 SCHEME = "hf://"
 
@@ -46,10 +46,8 @@ def push(release: str, repository: str) -> str:
                     "a repository of their own, or delete that tag"
                 )
         else:
-            if problems := verify(place):
-                raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot pushed")
             with tempfile.TemporaryDirectory() as scratch:
-                _commit(api, repo, fetch(place, Path(scratch)), f"Release {version}")
+                _commit(api, repo, fetch_whole(place, Path(scratch)), f"Release {version}")
             api.create_tag(repo, tag=version)
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
         raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
@@ -61,8 +59,8 @@ def _content(api: HfApi, repository: str, revision: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             file = api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=scratch)
-            return json.loads(Path(file).read_text())["content"]
-        except (RemoteEntryNotFoundError, json.JSONDecodeError, KeyError, TypeError):  # someone else's tag
+            return str(read_written(Path(file), "manifest").value["content"])
+        except (RemoteEntryNotFoundError, ValueError, KeyError, TypeError):  # someone else's tag
             return ""
 
 

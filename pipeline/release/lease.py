@@ -4,8 +4,8 @@
 
 Leases are numbered, and a number is created by one process only (local file systems and object stores both can). The
 highest number counts: who finds it expired creates the next one. Numbers only grow, so that a run which slept through
-the end of its lease finds a higher one and knows. Machines' clocks may differ by less than the lease is long; one that
-ends later than such clocks allow is not believed.
+the end of its lease finds a higher one and knows. A lease is renewed when a quarter of it is over, and one that ends
+more than twice its length from now is not believed: machines' clocks may differ by half of a lease.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import posixpath
+import re
 import socket
 import threading
 import time
@@ -23,15 +24,18 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.release.publish import create, make_folder
+from pipeline.reading import parse_written
+from pipeline.release.place import create, make_folder, open_destination
+
+LONGEST = 86_400
+"""Seconds that a lease may last; what says that it lasts longer is none, and must not keep others out for years."""
 
 log = logging.getLogger(__name__)
 
 
-class Busy(Exception):
+class Busy(ValueError):
     """Another run holds the lease, or has taken it over."""
 
 
@@ -58,16 +62,20 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lease(destination: str, seconds: float, wait: float = 0) -> Iterator[Lease]:
+def lease(destination: str, seconds: float, wait: float = 0, name: str = ".lease") -> Iterator[Lease]:
     """Hold the lease of a folder or URL of releases; it is renewed in the background.
 
     Args:
-        seconds: after which it is anybody's, when this process dies.
+        seconds: after which it is anybody's, when this process dies; up to a day.
         wait: seconds to wait for another run to end.
-    Raises: Busy when another run holds it; ValueError when there is no such bucket.
+        name: of the folder it is in; those of other names are other leases.
+    Raises: Busy when another run holds it; ValueError when it would be too long, or the destination cannot be written
+        to, or there is no such bucket.
     """
-    fs, root = url_to_fs(destination.rstrip("/"))
-    folder = f"{root}/.lease"
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"lease: {seconds:g} seconds; a lease lasts up to {LONGEST} (a day), and is renewed")
+    fs, root, _ = open_destination(destination)
+    folder = f"{root}/{name}"
     make_folder(fs, folder)
     held = _acquire(fs, folder, seconds, wait)
     ended = threading.Event()
@@ -130,20 +138,20 @@ def _numbers(fs: AbstractFileSystem, folder: str) -> list[int]:
         names = [posixpath.basename(path) for path in fs.ls(folder, detail=False)]
     except FileNotFoundError:
         return []
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]+\.json", name))
 
 
 def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str]:
     """Until when it is held, and by whom. seconds: length of a lease that does not say its own."""
     try:
         try:
-            value = json.loads(fs.cat_file(path))
+            value = parse_written(fs.cat_file(path), path, is_json=True).value
             length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])
-            if not (math.isfinite(length) and math.isfinite(until)):
+            if not (0 < length <= LONGEST and math.isfinite(until)):
                 raise ValueError(value)
             seconds = length
         except (ValueError, KeyError, TypeError, OverflowError):
-            # its process died (or is) between creating and writing it
+            # its process died (or is) between creating and writing it, or it is none
             until, holder = fs.modified(path).timestamp() + seconds, ""
     except FileNotFoundError:  # a later one has come
         return 0.0, ""
@@ -160,11 +168,7 @@ def _content(seconds: float, until: float) -> bytes:
 def _create(fs: AbstractFileSystem, path: str, seconds: float, until: float) -> bool:
     """Whether this process created it: at most one does."""
     try:
-        if isinstance(fs, LocalFileSystem):
-            with open(path, "xb") as f:
-                f.write(_content(seconds, until))
-        else:
-            create(fs, path, _content(seconds, until))
+        create(fs, path, _content(seconds, until))
     except FileExistsError:
         return False
     return True

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ntpath
+import os
+import posixpath
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -82,6 +86,20 @@ def own_sum(manifest: dict[str, Any]) -> str:
     """sha256 over all of a manifest but `sum` itself."""
     rest = {key: value for key, value in manifest.items() if key != "sum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def public(value: Any) -> Any:
+    """JSON values as they may be published: of absolute paths the last part alone, URLs without user and password.
+    Where things lay on the machine of whoever made a release is nobody's business."""
+    if isinstance(value, dict):
+        return {key: public(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if ntpath.isabs(value) or os.path.isabs(value) or value.startswith("~"):
+        return posixpath.basename(value.replace("\\", "/").rstrip("/"))
+    return re.sub(r"(\w://)[^/\s]*@", r"\1", value)
 
 
 def leaves_its_folder(name: str) -> bool:

@@ -4,11 +4,15 @@ A version is what has a `manifest.json`. Locally its folder is filled under a te
 no renaming of folders (object stores, which write an object whole or not at all), the manifest is written last.
 `latest.json` moves after that. So whatever stops a publication, no version looks complete that is not, and
 `latest.json` names a whole one. Other aliases (`production.json`) are like it, but move by hand only.
+
+Several may publish at once. A folder's renaming fails where its number was taken meanwhile, and then all is looked at
+again; on object stores they wait for each other. So none of the same content adds a second version.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -23,20 +27,26 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from pipeline.reading import parse_written, shown
+from pipeline.release.lease import lease
 from pipeline.release.manifest import FORMAT, Described, content_sum, leaves_its_folder, own_sum, parse
-from pipeline.release.sign import Sign, is_signed, signer
+from pipeline.release.place import Place, create, make_folder, open_destination, open_place
+from pipeline.release.sign import Sign, has_signature, is_signed, signer, with_signature
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
 LATEST = "latest.json"
 CLAIM = ".publishing"
 CANDIDATES = "candidates"
-VERSION = re.compile(r"v(\d{4,})")
-ALIAS = re.compile(r"(?!v\d+$)[a-z][a-z0-9_-]*")
+VERSION = re.compile(r"v([0-9]{4,})")
+ALIAS = re.compile(r"(?!v[0-9]+$)[a-z][a-z0-9_-]*")
+PUBLISHING = 60
+"""Seconds after which others go on, on object stores, when a publisher died."""
+PATIENCE = 3600
+"""Seconds that one waits for another publisher."""
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +77,8 @@ def publish(
     """Publish a prepared folder as the next version under `destination`, whole or not at all.
 
     Content that the latest version (or the newest) has already adds no version: `latest.json` is made to name that one.
-    What `latest` was rolled back from is forgotten when it moves: something was released after it.
+    What `latest` was rolled back from is forgotten when it moves: something was released after it. It does not move
+    back from a newer version that somebody else released meanwhile.
 
     Args:
         folder: what to publish, with its sub-folders; without its own `manifest.json` if it has one, as artifacts of
@@ -75,35 +86,41 @@ def publish(
         destination: local folder or fsspec URL (`s3://bucket/models/cats`).
         provenance: JSON values kept in the manifest: where the content came from; when None, what the folder's own
             manifest says, as that of a release does.
-        signing_key: PEM file of an Ed25519 private key; none, no signature. A version that has this content already,
-            unsigned, gets its signature if its manifest says what is said here; else it does not count as published:
-            nothing is signed that somebody else may have written.
+        signing_key: PEM file of an Ed25519 private key for the manifest and `latest.json`; none, no signature. A
+            version that has this content already, unsigned, gets its signature if its manifest says what is said here;
+            else it does not count as published: nothing is signed that somebody else may have written.
         check: called right before `latest.json` moves. Where it raises, the version stays, whole, and `latest.json`
             names another: published again, it is the newest and not written a second time.
 
     Raises:
         ValueError: no such folder, nothing in it, a file in it has a name that cannot be used, provenance is not JSON
-            or of another form, the key cannot be used, no such bucket.
+            or of another form, the key cannot be used, no such bucket, a destination that cannot be written to.
         OSError: what the file system says (a full disk); what was half-written is removed.
         RuntimeError: what was written is not what was to be.
     """
     manifest = _described(folder, provenance)
     sign = signer(signing_key)
-    destination = destination.rstrip("/")
-    fs, root = url_to_fs(destination)
-    make_folder(fs, root)
-    fs.invalidate_cache()
-    known = _published(fs, root, destination, manifest, sign, signing_key)
-    if known:
-        log.info("%s has this content already, as %s: no new version", destination, known["version"])
-    else:
-        write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
-        manifest = write(fs, root, folder, manifest, sign)
-    found = known or manifest
-    if version_of(fs, root) != found["version"]:
-        check()
-        move_alias(fs, root, "latest", found["version"])
-    return ReleaseInfo(found["version"], f"{destination}/{found['version']}", found, created=not known)
+    place = open_destination(destination)
+    make_folder(place.fs, place.root)
+
+    def same() -> dict[str, Any] | None:
+        return _published(place, manifest, sign, signing_key)
+
+    alone = contextlib.nullcontext() if place.is_local else lease(place.url, PUBLISHING, PATIENCE, ".publish")
+    with alone:
+        found, created = same(), False
+        if not found:
+            write = _write_local if place.is_local else _write_remote
+            found, created = write(place.fs, place.root, folder, manifest, sign, same)
+        if not created:
+            log.info("%s has this content already, as %s: no new version", place.url, found["version"])
+        latest = alias_of(place.fs, place.root)
+        if not latest or int(latest["version"][1:]) < int(found["version"][1:]):
+            check()
+            move_alias(place.fs, place.root, "latest", found, sign=sign)
+        elif sign and latest["version"] == found["version"] and not has_signature(latest, signing_key):
+            move_alias(place.fs, place.root, "latest", found, latest.get("rolled_back", ()), sign)
+    return ReleaseInfo(found["version"], f"{place.url}/{found['version']}", found, created)
 
 
 def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[str, Any], signing_key: str = "") -> str:
@@ -113,8 +130,8 @@ def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[s
     Raises: as `publish`.
     """
     sign = signer(signing_key)
-    fs, root = url_to_fs(destination.rstrip("/"))
-    url, place = f"{destination.rstrip('/')}/{CANDIDATES}/{name}", f"{root}/{CANDIDATES}/{name}"
+    fs, root, url = open_destination(destination)
+    url, place = f"{url}/{CANDIDATES}/{name}", f"{root}/{CANDIDATES}/{name}"
     if manifest_of(fs, f"{root}/{CANDIDATES}", name) and not verify(url, signing_key):
         return url
     manifest = _summed({"created": _now()} | _described(folder, provenance))
@@ -139,7 +156,8 @@ def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any
         known = manifest_of(LocalFileSystem(), str(folder.parent), folder.name)
         provenance = known["provenance"] if known else {}
     files = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in paths}
-    if bad := [name for name in files if leaves_its_folder(name)]:
+    # surrogates stand for bytes that are no UTF-8: neither JSON nor storages have a form for them
+    if bad := [name for name in files if leaves_its_folder(name) or re.search("[\ud800-\udfff]", name)]:
         raise ValueError(f"{folder}: {bad[0]!r}: no name for a file of a release; rename it")
     manifest = {"format": FORMAT, "content": content_sum(files), "files": files, "provenance": provenance}
     try:
@@ -156,34 +174,41 @@ def resolve(destination: str) -> str:
     Raises:
         ValueError: nothing was published there, or `latest.json` is damaged.
     """
-    destination = destination.rstrip("/")
-    fs, root = url_to_fs(destination)
-    fs.invalidate_cache()
+    return _resolved(destination)[0]
+
+
+def _resolved(destination: str) -> tuple[str, str]:
+    """As `resolve`, and the alias that said so; empty when it was named itself."""
+    fs, root, url = open_place(destination)
     if not fs.exists(f"{root}/{LATEST}"):
         # a version, also one that was downloaded to a folder of another name, or that lost its manifest
         named = VERSION.fullmatch(posixpath.basename(root)) and fs.exists(root)
         if named or fs.exists(f"{root}/{MANIFEST}"):
-            return destination
-        above, _, alias = destination.rpartition("/")
+            return url, ""
+        above, _, alias = url.rpartition("/")
         if above and ALIAS.fullmatch(alias) and (version := version_of(fs, posixpath.dirname(root), alias)):
-            return f"{above}/{version}"
+            return f"{above}/{version}", alias
     version = version_of(fs, root)
     if version is None:
-        raise ValueError(f"{destination}: no release here (no {LATEST})")
-    return f"{destination}/{version}"
+        raise ValueError(f"{url}: no release here (no {LATEST})")
+    return f"{url}/{version}", "latest"
 
 
-def verify(release: str, public_key: str = "") -> list[str]:
+def verify(release: str, public_key: str = "", project: str = "") -> list[str]:
     """What is wrong with a release: files missing, changed or extra, or no manifest; an empty list if nothing is.
 
     Args:
         release: local path or URL of a version, or of a destination (then its latest version).
-        public_key: PEM file of an Ed25519 public key; then the manifest's signature by it is asked for, too.
+        public_key: PEM file of an Ed25519 public key; then the manifest's signature by it is asked for, too, and that
+            of the alias by which the release was named. One key may sign the releases of several projects: a signed
+            `latest.json` beside the version says which project's they are.
+        project: name of the batch or retraining that has to have made it.
 
     Raises:
         ValueError: there is no release, or the key cannot be used.
     """
-    fs, root = url_to_fs(resolve(release))
+    place, alias = _resolved(release)
+    fs, root, _ = open_place(place)
     try:
         text = fs.cat_file(f"{root}/{MANIFEST}")
         manifest = parse(text)
@@ -198,6 +223,11 @@ def verify(release: str, public_key: str = "") -> list[str]:
             problems.append(f"{SIGNATURE}: missing; the release is not signed")
         elif not is_signed(text, fs.cat_file(f"{root}/{SIGNATURE}"), public_key):
             problems.append(f"{SIGNATURE}: not by this key, or {MANIFEST} was changed")
+        if alias:
+            problems += alias_problems(fs, posixpath.dirname(root), alias, public_key)
+        project = project or project_beside(fs, root, public_key, alias or "latest")
+    if project and project_of(manifest) != project:
+        problems.append(f"{MANIFEST}: of the project {project_of(manifest)!r}, not {project!r}")
     found -= {SIGNATURE}
     name = posixpath.basename(root)
     if VERSION.fullmatch(name) and manifest.get("version") != name:
@@ -219,10 +249,15 @@ def verify(release: str, public_key: str = "") -> list[str]:
 # --- writing -------------------------------------------------------------------------------------------
 
 
+Same = Callable[[], dict[str, Any] | None]
+"""Finds the manifest of a version that has the content already."""
+
+
 def _write_local(
-    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None
-) -> dict[str, Any]:
-    """Fill a folder under a temporary name and rename it to the next free version."""
+    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None, same: Same
+) -> tuple[dict[str, Any], bool]:
+    """Fill a folder under a temporary name and rename it to the next free version. Returns: the manifest; False with
+    that of a version of the same content that came meanwhile."""
     part = f"{root}/.part-{uuid.uuid4().hex}"
     with _removed_on_failure(fs, part):
         fs.mkdir(part)
@@ -232,19 +267,24 @@ def _write_local(
             _write_manifest(fs, part, manifest, sign)
             for path in [*Path(part).rglob("*"), Path(part)]:
                 _sync(path)
+            # after the number was chosen: whoever comes later takes that number, and the renaming fails
+            if known := same():
+                fs.rm(part, recursive=True)
+                return known, False
             try:
                 os.rename(part, f"{root}/{manifest['version']}")
             except OSError:
                 if not fs.exists(f"{root}/{manifest['version']}"):
                     raise
                 continue  # another publisher took the number
-            return manifest
+            return manifest, True
 
 
 def _write_remote(
-    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None
-) -> dict[str, Any]:
-    """Claim the next free version, write its files, the manifest last."""
+    fs: AbstractFileSystem, root: str, folder: Path, manifest: dict[str, Any], sign: Sign | None, same: Same
+) -> tuple[dict[str, Any], bool]:
+    """Claim the next free version, write its files, the manifest last. Returns: the manifest, and True: nobody else
+    publishes meanwhile, but who slept through the end of a lease, and has another number."""
     while True:
         manifest = _numbered(manifest, _next_version(fs, root))
         place = f"{root}/{manifest['version']}"
@@ -258,7 +298,7 @@ def _write_remote(
         _copy(fs, folder, place, manifest["files"])
         fs.rm_file(f"{place}/{CLAIM}")
         _write_manifest(fs, place, manifest, sign)
-    return manifest
+    return manifest, True
 
 
 def _copy(fs: AbstractFileSystem, folder: Path, place: str, files: dict[str, dict[str, Any]]) -> None:
@@ -290,32 +330,36 @@ def remove(fs: AbstractFileSystem, place: str) -> None:
     """Remove a version or candidate; the manifest goes first, so that what is half removed never looks whole."""
     if fs.exists(f"{place}/{MANIFEST}"):
         fs.rm_file(f"{place}/{MANIFEST}")
-    fs.rm(place, recursive=True)
+    # but for local folders, brackets in a name would be a pattern
+    fs.rm(place if isinstance(fs, LocalFileSystem) else glob.escape(place), recursive=True)
 
 
-def make_folder(fs: AbstractFileSystem, folder: str) -> None:
-    """Make a folder where there are folders; object stores have none, and s3fs would make a bucket."""
-    if isinstance(fs, LocalFileSystem):
-        fs.makedirs(folder, exist_ok=True)
+def move_alias(
+    fs: AbstractFileSystem,
+    root: str,
+    alias: str,
+    manifest: dict[str, Any],
+    rolled_back: Iterable[str] = (),
+    sign: Sign | None = None,
+) -> None:
+    """Let an alias (`latest`, `production`) name another version, at once.
 
-
-def create(fs: AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write an object, not a local file, that is not there yet.
-
-    Raises: FileExistsError when it is; ValueError when its bucket is not.
+    Args:
+        manifest: of the version.
+        rolled_back: versions that it was taken away from, which this one is removed from.
+        sign: then it also says when it moved, how often it did since it is signed, and what it is; who keeps an old one
+            and puts it back is found out by that.
     """
-    try:
-        fs.pipe_file(path, content, mode="create")
-    except FileNotFoundError:
-        bucket = fs.unstrip_protocol(path.partition("/")[0])
-        raise ValueError(f"{bucket}: no such bucket; make it first, or correct the name") from None
-
-
-def move_alias(fs: AbstractFileSystem, root: str, alias: str, version: str, rolled_back: Iterable[str] = ()) -> None:
-    """Let an alias (`latest`, `production`) name another version, at once. rolled_back: versions that it was taken away
-    from, which this one is removed from."""
+    version = manifest["version"]
     left = [name for name in dict.fromkeys(rolled_back) if name != version]
-    content = {"version": version} | ({"rolled_back": left} if left else {})
+    content: dict[str, Any] = {"version": version} | ({"rolled_back": left} if left else {})
+    if sign:
+        try:
+            number = alias_of(fs, root, alias).get("number", 0)
+        except ValueError:  # damaged: this mends it
+            number = 0
+        content |= {"alias": alias, "project": project_of(manifest), "number": number + 1, "time": _now()}
+        content = with_signature(content, sign)
     if not isinstance(fs, LocalFileSystem):
         _write_json(fs, f"{root}/{alias}.json", content)  # one object, replaced as a whole
         return
@@ -390,7 +434,7 @@ def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[s
     """
     path = f"{root}/{alias}.json"
     try:
-        content = json.loads(fs.cat_file(path))
+        content = parse_written(fs.cat_file(path), f"{alias}.json", is_json=True).value
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -398,11 +442,52 @@ def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[s
     if alias != "latest" and not (isinstance(content, dict) and "version" in content):
         return {}
     if not isinstance(content, dict) or not isinstance(content.get("rolled_back", []), list):
-        raise ValueError(f"{path}: damaged: it says {content!r}")
+        raise ValueError(f"{path}: damaged: it says {shown(content)}")
     for version in (content.get("version"), *content.get("rolled_back", [])):
         if not isinstance(version, str) or not VERSION.fullmatch(version):
-            raise ValueError(f"{path}: damaged: names no version: {version!r}")
+            raise ValueError(f"{path}: damaged: names no version: {shown(version)}")
+    if not isinstance(content.get("number", 0), int):
+        raise ValueError(f"{path}: damaged: its number is {shown(content['number'])}")
     return content
+
+
+def alias_problems(fs: AbstractFileSystem, root: str, alias: str, public_key: str) -> list[str]:
+    """What is wrong with the signature of an alias. Raises: ValueError when it is damaged, or the key is none."""
+    content = alias_of(fs, root, alias)
+    if "signature" not in content:
+        return [
+            f"{alias}.json: not signed: whoever can write there may have moved it; `polyconcept release promote "
+            f"RELEASES/{content.get('version')} --alias {alias} --signing-key KEY` signs it"
+        ]
+    if not has_signature(content, public_key):
+        return [f"{alias}.json: not signed by this key, or it was changed"]
+    if content.get("alias") != alias:
+        return [f"{alias}.json: this is {content.get('alias')}.json, under another name"]
+    return []
+
+
+def signed_alias(release: str) -> dict[str, Any] | None:
+    """What the alias says by which a release was named, if it is signed; a version that is named itself has none."""
+    place, alias = _resolved(release)
+    fs, root, _ = open_place(place)
+    content = alias_of(fs, posixpath.dirname(root), alias) if alias else {}
+    return content if "signature" in content else None
+
+
+def project_of(manifest: dict[str, Any]) -> str:
+    """Name of the batch or retraining that made a release; empty when its manifest does not say."""
+    return str(manifest["provenance"].get("batch", ""))
+
+
+def project_beside(fs: AbstractFileSystem, root: str, public_key: str, alias: str = "latest") -> str:
+    """The project that an alias beside a version or candidate is signed for; empty when none is."""
+    above = posixpath.dirname(root)
+    above = posixpath.dirname(above) if posixpath.basename(above) == CANDIDATES else above
+    try:
+        content = alias_of(fs, above, alias)
+    except ValueError:
+        return ""
+    return str(content.get("project", "")) if has_signature(content, public_key) else ""
 
 
 def version_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> str | None:
@@ -418,16 +503,16 @@ def manifest_of(fs: AbstractFileSystem, root: str, version: str) -> dict[str, An
         return None
 
 
-def _published(
-    fs: AbstractFileSystem, root: str, destination: str, manifest: dict[str, Any], sign: Sign | None, signing_key: str
-) -> dict[str, Any] | None:
+def _published(place: Place, manifest: dict[str, Any], sign: Sign | None, signing_key: str) -> dict[str, Any] | None:
     """Manifest of the version that has this content already, undamaged: the latest one, or the newest one whole (a
     publication may have been stopped before `latest.json` moved). Signed, if it is to be."""
+    fs, root, url = place
+    fs.invalidate_cache()
     names = [name for _, name in reversed(versions(fs, root))]
     newest = next((name for name in names if manifest_of(fs, root, name)), None)
     for version in dict.fromkeys((version_of(fs, root), newest)):
         known = manifest_of(fs, root, version) if version else None
-        if not known or known["content"] != manifest["content"] or verify(f"{destination}/{version}"):
+        if not known or known["content"] != manifest["content"] or verify(f"{url}/{version}"):
             continue
         if sign and not _sign_known(fs, f"{root}/{version}", manifest, sign, signing_key):
             continue

@@ -1,7 +1,10 @@
-"""Signatures of manifests: Ed25519 over the file's bytes, as openssl makes and checks them (`-rawin`)."""
+"""Signatures: of manifests, Ed25519 over the file's bytes, as openssl makes and checks them (`-rawin`), in a file of
+their own; of aliases, over all they say but the signature itself, in the same file, which is replaced as a whole."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,25 @@ def is_signed(content: bytes, signature: bytes, key: str) -> bool:
     except wrong:
         return False
     return True
+
+
+def with_signature(content: dict[str, Any], sign: Sign) -> dict[str, Any]:
+    """JSON values with a `signature` of them: base64, over sorted keys without spaces."""
+    return content | {"signature": base64.b64encode(sign(_plain(content))).decode()}
+
+
+def has_signature(content: dict[str, Any], key: str) -> bool:
+    """Whether the `signature` of JSON values is by a key. Raises: ValueError when the file is no key."""
+    try:
+        signature = base64.b64decode(content["signature"], validate=True)
+    except (KeyError, TypeError, ValueError):
+        signature = b""
+    return is_signed(_plain(content), signature, key)
+
+
+def _plain(content: dict[str, Any]) -> bytes:
+    rest = {key: value for key, value in content.items() if key != "signature"}
+    return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _cryptography() -> tuple[Any, Any, type[Exception]]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 
 from pipeline.release.manifest import leaves_its_folder
+from pipeline.release.place import open_destination, open_place
 from pipeline.release.publish import (
     ALIAS,
     CANDIDATES,
@@ -23,6 +23,7 @@ from pipeline.release.publish import (
     files_of,
     manifest_of,
     move_alias,
+    project_beside,
     publish,
     remove,
     resolve,
@@ -30,6 +31,7 @@ from pipeline.release.publish import (
     version_of,
     versions,
 )
+from pipeline.release.sign import signer
 
 GRACE = 24 * 3600
 """Seconds that something half-written is left alone: a publication may be at work on it."""
@@ -47,7 +49,7 @@ class Version:
 
 def listed(destination: str) -> list[Version]:
     """All versions of a folder or URL of releases, oldest first, half-written and damaged ones too."""
-    fs, root = _open(destination)
+    fs, root, _ = open_place(destination)
     named = aliases(fs, root)
     found = []
     for _, name in versions(fs, root):
@@ -73,7 +75,7 @@ def read(release: str) -> dict[str, Any]:
     Raises: ValueError when there is none.
     """
     place = resolve(release)
-    fs, root = url_to_fs(place)
+    fs, root, _ = open_place(place)
     manifest = manifest_of(fs, posixpath.dirname(root), posixpath.basename(root))
     if manifest is None:
         raise ValueError(f"{place}: {verify(place)[0]}")
@@ -132,8 +134,8 @@ def promote(release: str, alias: str = "latest", *, public_key: str = "", signin
 
     Args:
         public_key: PEM file; the version or candidate must be signed by it.
-        signing_key: PEM file that the release made of a candidate is signed by. The candidate must be, too, unless it
-            is by `public_key`: what lies unsigned in a store, anybody may have written.
+        signing_key: PEM file that the alias is signed by, and the release made of a candidate. The version or candidate
+            must be, too, unless it is by `public_key`: what lies unsigned in a store, anybody may have written.
     Returns: the version.
     Raises: ValueError when there is no such version, it is not whole or unchanged, not signed so, or the alias cannot
         be a name.
@@ -144,26 +146,45 @@ def promote(release: str, alias: str = "latest", *, public_key: str = "", signin
     place = place if "://" in place else os.path.abspath(place)
     above, _, version = place.rpartition("/")
     destination, _, folder = above.rpartition("/")
-    is_candidate = folder == CANDIDATES
-    if not (is_candidate or VERSION.fullmatch(version)):
-        raise ValueError(f"{release}: not a version; name one like RELEASES/v0002")
-    if signing_key and not is_candidate:
-        raise ValueError(f"--signing-key: {release} is released already; `polyconcept publish --signing-key` signs it")
-    if problems := verify(place, public_key or signing_key):
-        raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot promoted")
-    if is_candidate:
+    key = public_key or signing_key
+    if folder == CANDIDATES:
         if alias != "latest":
             raise ValueError(f"--alias {alias!r}: a candidate becomes the latest release first")
         with tempfile.TemporaryDirectory() as scratch:
-            return publish(fetch(place, Path(scratch)), destination, signing_key=signing_key).version
-    fs, root = url_to_fs(above)
+            return publish(fetch_whole(place, Path(scratch), key), destination, signing_key=signing_key).version
+    if not VERSION.fullmatch(version):
+        raise ValueError(f"{release}: not a version; name one like RELEASES/v0002")
+    sign = signer(signing_key)
+    fs, root, _ = open_destination(above)
+    manifest = _checked(place, key, "not promoted")
     try:
         before = alias_of(fs, root, alias)
     except ValueError:  # damaged: this mends it
         before = {}
     gone, left = before.get("rolled_back", []), before.get("version", version)
-    move_alias(fs, root, alias, version, [*gone, left] if int(version[1:]) < int(left[1:]) else gone)
+    move_alias(fs, root, alias, manifest, [*gone, left] if int(version[1:]) < int(left[1:]) else gone, sign)
     return version
+
+
+def _checked(place: str, key: str, outcome: str) -> dict[str, Any]:
+    """The manifest of a version whose sums, and signature if there is a key, agree. Raises: ValueError, with the
+    `outcome`, when they do not."""
+    if problems := verify(place, key):
+        raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + f"\n{outcome}")
+    return read(place)
+
+
+def fetch_whole(place: str, into: Path, key: str = "") -> Path:
+    """As `fetch`; what was copied is checked, not what lies there: that may change meanwhile.
+
+    key: PEM file that it must be signed by. Raises: ValueError also when its sums or signature do not agree.
+    """
+    fs, root, _ = open_place(place)
+    project = project_beside(fs, root, key) if key else ""
+    folder = fetch(place, into)
+    if problems := verify(str(folder), key, project):
+        raise ValueError("\n".join(f"{place}: {problem}" for problem in problems) + "\nnot copied")
+    return folder
 
 
 def fetch(place: str, into: Path) -> Path:
@@ -171,7 +192,7 @@ def fetch(place: str, into: Path) -> Path:
 
     Raises: ValueError when a file's name leads out of that folder.
     """
-    fs, root = url_to_fs(place)
+    fs, root, _ = open_place(place)
     folder = into / posixpath.basename(root)
     names = sorted(files_of(fs, root))
     if bad := [name for name in names if leaves_its_folder(name)]:
@@ -182,7 +203,9 @@ def fetch(place: str, into: Path) -> Path:
     return folder
 
 
-def rollback(destination: str, alias: str = "latest", to: str = "", *, public_key: str = "") -> tuple[str, str]:
+def rollback(
+    destination: str, alias: str = "latest", to: str = "", *, public_key: str = "", signing_key: str = ""
+) -> tuple[str, str]:
     """Let an alias name the version before the one it names, or `to`, whose sums are recomputed first.
 
     What is rolled back from is remembered in the alias, so that the same content is not released again by itself, nor
@@ -190,11 +213,13 @@ def rollback(destination: str, alias: str = "latest", to: str = "", *, public_ke
 
     Args:
         public_key: PEM file; the version that is moved to must be signed by it.
+        signing_key: PEM file that the alias is signed by; without `public_key` the version must be signed by it, too.
     Returns: the versions from and to which it moved.
     Raises: ValueError when there is no such alias or no whole version before, its files have changed, or it is not
         signed so.
     """
-    fs, root = _open(destination)
+    sign = signer(signing_key)
+    fs, root, destination = open_destination(destination)
     content = alias_of(fs, root, alias)
     if not content:
         raise ValueError(f"{destination}: no {alias}.json; nothing to roll back")
@@ -207,11 +232,8 @@ def rollback(destination: str, alias: str = "latest", to: str = "", *, public_ke
         raise ValueError(f"{destination}: no whole version before {left}, which {alias} names")
     if target not in names or target == left:
         raise ValueError(f"{destination}: no other version {target!r}; there are {', '.join(names)}")
-    if problems := verify(f"{destination.rstrip('/')}/{target}", public_key):
-        raise ValueError(
-            "\n".join(f"{target}: {p}" for p in problems) + f"\n{alias} was not moved; try another by --to"
-        )
-    move_alias(fs, root, alias, target, gone)
+    outcome = f"{alias} was not moved; try another by --to"
+    move_alias(fs, root, alias, _checked(f"{destination}/{target}", public_key or signing_key, outcome), gone, sign)
     return left, target
 
 
@@ -223,7 +245,7 @@ def gc(destination: str, keep: int = 10, *, dry_run: bool = False) -> list[str]:
 
     Raises: ValueError when nothing was published there.
     """
-    fs, root = _open(destination)
+    fs, root, _ = open_destination(destination)
     names = [name for _, name in versions(fs, root)]
     if not names:
         raise ValueError(f"{destination}: no releases here")
@@ -256,12 +278,6 @@ def _named(fs: AbstractFileSystem, root: str) -> set[str]:
     fs.invalidate_cache()
     contents = [alias_of(fs, root, alias) for alias in aliases(fs, root)]
     return {name for content in contents for name in (content["version"], *content.get("rolled_back", ()))}
-
-
-def _open(destination: str) -> tuple[AbstractFileSystem, str]:
-    fs, root = url_to_fs(destination.rstrip("/"))
-    fs.invalidate_cache()
-    return fs, root
 
 
 def _children(fs: AbstractFileSystem, folder: str) -> list[str]:

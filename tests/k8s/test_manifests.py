@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -19,8 +20,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from manifests import OVERLAYS, ROOT, objects, render, walk
+from typer.main import get_command
 
 from pipeline.spec import load_batch, load_retraining
+from ray_jobs.cli import app
 
 KUBERNETES = "1.34"
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -54,11 +57,25 @@ def test_objects_follow_their_schemas(overlay):
             jsonschema.Draft202012Validator(kuberay_schema(item["kind"])).validate(item)
         else:
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
-    assert {"RayCluster", "NetworkPolicy", "PodDisruptionBudget", "PersistentVolumeClaim"} <= kinds
+    assert {"RayCluster", "NetworkPolicy", "PodDisruptionBudget", "ServiceAccount"} <= kinds
     for _, pod in pods(overlay):
         kubernetes_validate.validate(
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}, KUBERNETES, strict=True
         )
+
+
+@pytest.mark.parametrize("store", ["store", "store-dev"])
+def test_what_lasts_is_in_no_overlay(store):
+    """`kubectl delete -k` of an overlay takes neither the namespace, with its secrets, nor the volume."""
+    lasting = render(store)
+    for item in lasting:
+        kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    assert {o["kind"] for o in lasting} == {"Namespace", "PersistentVolumeClaim"}
+    for item in (o for overlay in OVERLAYS for o in render(f"overlays/{overlay}")):
+        assert item["kind"] not in ("Namespace", "PersistentVolume", "PersistentVolumeClaim", "StorageClass", "Secret")
+        assert item["metadata"]["namespace"] == lasting[0]["metadata"]["name"]
+    claims = {n["claimName"] for o in objects("cron") for n in walk(o) if "claimName" in n}
+    assert claims == {o["metadata"]["name"] for o in lasting if o["kind"] == "PersistentVolumeClaim"}
 
 
 def test_schemas_refuse_what_they_do_not_know():
@@ -84,6 +101,9 @@ def test_pods_may_do_little(overlay):
         assert not any("hostPath" in volume for volume in pod["volumes"]), where
         names = [container["name"] for container in pod["containers"]]
         assert pod.get("automountServiceAccountToken", True) == (names == ["create"]), (where, names)
+        # one that is there: a head's, left out, would be made by KubeRay, and others' be `default`
+        accounts = {o["metadata"]["name"] for o in objects(overlay) if o["kind"] == "ServiceAccount"}
+        assert pod["serviceAccountName"] in accounts - ({"retrain"} if names != ["create"] else {"ray"}), where
     confined = [c for _, pod in found for c in pod["containers"]]
     confined += [n["autoscalerOptions"] for o in objects(overlay) for n in walk(o) if "autoscalerOptions" in n]
     for container in confined:
@@ -97,6 +117,35 @@ def test_pods_may_do_little(overlay):
         assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
         if container.get("name", "").startswith("ray-"):
             assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+
+
+@overlays
+def test_ephemeral_storage_can_be_used(overlay):
+    """The root is read-only: what a container may write is under /tmp, HOME, and bounded by the limit alone."""
+    for _, pod in pods(overlay):
+        for container in (c for c in pod["containers"] if c["name"].startswith("ray-")):
+            (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/tmp")
+            assert {"name": mount["name"], "emptyDir": {}} in pod["volumes"]
+            assert {"name": "HOME", "value": "/tmp"} in container["env"]
+
+
+@overlays
+def test_devices(overlay):
+    """Heads count no GPUs of their machine; where workers have some, drivers want them and wait for the first one for
+    a while; the autoscaler's number of workers is in no manifest; one quota is for all clusters."""
+    specs = [n for o in objects(overlay) for n in walk(o) if "rayVersion" in n]
+    for spec in specs:
+        head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"]
+        assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
+        (container,) = head["template"]["spec"]["containers"]
+        told = {e["name"]: e["value"] for e in container["env"] if e["name"].startswith("POLYCONCEPT_")}
+        if overlay != "dev":
+            assert told.keys() == {"POLYCONCEPT_GPU", "POLYCONCEPT_DEVICE_WAIT"} and told["POLYCONCEPT_GPU"] == "1"
+            assert float(told["POLYCONCEPT_DEVICE_WAIT"]) > 0
+        assert all(("replicas" in group) != spec.get("enableInTreeAutoscaling", False) for group in workers)
+    if overlay != "dev":
+        (quota,) = (o["spec"]["hard"] for o in objects(overlay) if o["kind"] == "ResourceQuota")
+        assert quota == {"requests.nvidia.com/gpu": str(specs[0]["workerGroupSpecs"][0]["maxReplicas"])}
 
 
 @overlays
@@ -154,10 +203,37 @@ def test_overlays_of_ones_own(tmp_path):
         assert images == {f"REGISTRY/{IMAGE}"}
         cluster, job = [n for o in found for n in walk(o) if "rayVersion" in n]
         assert cluster == job and cluster["workerGroupSpecs"][0]["maxReplicas"] == 4
-        (volume,) = (o["spec"] for o in found if o["kind"] == "PersistentVolumeClaim")
-        assert volume["storageClassName"] == "CLASS"
-        shared.append((cluster, volume))
+        (quota,) = (o["spec"]["hard"] for o in found if o["kind"] == "ResourceQuota")
+        assert quota == {"requests.nvidia.com/gpu": "6"}
+        shared.append(cluster)
     assert shared[0] == shared[1]
+    (volume,) = (o["spec"] for o in render(str(tmp_path / "k8s/overlays/ours-store")) if "spec" in o)
+    assert volume["storageClassName"] == "CLASS" and volume["accessModes"] == ["ReadWriteMany"]
+
+
+def test_what_an_operator_adds(tmp_path):
+    """Patches of docs/operations.md for a component of one's own, and the component for Kueue: objects follow their
+    schemas still, and jobs' clusters have it all."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    blocks = re.findall(
+        r"(?ms)^    (?:mkdir -p k8s/overlays/ours|cat >> k8s).*?(?=^\S)", (ROOT / "docs/operations.md").read_text()
+    )
+    assert len(blocks) == 2
+    subprocess.run(["bash", "-euc", "\n".join(map(textwrap.dedent, blocks))], cwd=tmp_path, check=True)
+    batch = tmp_path / "k8s/overlays/ours-batch/kustomization.yaml"
+    named, more = "components: [../ours]", "components: [../ours, ../../components/kueue]"
+    assert f"`{more}`" in (ROOT / "docs/operations.md").read_text()
+    batch.write_text(batch.read_text().replace(named, more))
+    found = render(str(batch.parent))
+    for item in (o for o in found if o["apiVersion"] == "ray.io/v1"):
+        jsonschema.Draft202012Validator(kuberay_schema(item["kind"])).validate(item)
+    (job,) = (o for o in found if o["kind"] == "RayJob")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "polyconcept"
+    gpu, cpu = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert {"nodeSelector", "runtimeClassName", "priorityClassName"} <= set(gpu["template"]["spec"])
+    assert gpu["replicas"] == gpu["minReplicas"] == gpu["maxReplicas"] == 4
+    assert not job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
+    assert cpu["groupName"] == "cpu" and "nvidia.com/gpu" not in json.dumps(cpu)
 
 
 def test_image_holds_the_project():
@@ -170,6 +246,7 @@ def test_image_holds_the_project():
     assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
     assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3", "sign"}
     assert "USER 1000:1000" in lines and "xformers" in PINNED
+    assert not any("VISIBLE_DEVICES=" in line for line in lines)  # the device plugin says which, to whom it gives some
     # what changes with every build comes after the layers
     *_, argument, environment, command = lines
     assert (argument, environment) == ('ARG GIT_COMMIT=""', "ENV GIT_COMMIT=${GIT_COMMIT}") and command[:4] == "CMD "
@@ -208,11 +285,40 @@ def test_dashboard_and_gcs_are_closed(overlay):
 
 
 @overlays
+def test_the_clouds_credentials_are_out_of_reach(overlay):
+    """Of all pods; names, the world and the cluster are within it."""
+    (policy,) = (o["spec"] for o in objects(overlay) if "Egress" in o.get("spec", {}).get("policyTypes", ()))
+    assert policy["podSelector"] == {}
+
+    def open_to(address: str, port: int) -> bool:
+        ip = ipaddress.ip_address(address)
+        for rule in policy["egress"]:
+            blocks = [peer["ipBlock"] for peer in rule.get("to", ()) if "ipBlock" in peer]
+            ports = {p["port"] for p in rule.get("ports", ())}
+            inside = any(
+                ip in ipaddress.ip_network(block["cidr"])
+                and not any(ip in ipaddress.ip_network(net) for net in block["except"])
+                for block in blocks
+            )
+            if (inside or "to" not in rule) and (port in ports or not ports):
+                return True
+        return False
+
+    for closed in ("169.254.169.254", "168.63.129.16", "192.0.0.192", "100.100.100.200", "fd00:ec2::254"):
+        assert not open_to(closed, 80)
+    for address, port in (("93.184.216.34", 80), ("169.254.20.10", 53), ("10.96.0.1", 443), ("2606:4700::1", 80)):
+        assert open_to(address, port)
+    assert {"to": [{"namespaceSelector": {}}]} in policy["egress"]
+
+
+@overlays
 def test_jobs_end(overlay):
-    """Deadlines on all; clusters of their own go away, and only there KubeRay allows another try."""
+    """By themselves, and before KubeRay gives them up, which does not end a job on a shared cluster. Clusters of their
+    own go away, and are not made once more: a second try would end with the same exit code."""
     for item in objects(overlay):
         for spec in (node for node in walk(item) if "entrypoint" in node):
-            assert spec["activeDeadlineSeconds"]
+            options = shlex.split(spec["entrypoint"])
+            assert 60 * float(options[options.index("--deadline") + 1]) < spec["activeDeadlineSeconds"]
             assert (
                 "submitterPodTemplate" in spec or spec["submissionMode"] == "HTTPMode"
             )  # KubeRay's own would be refused
@@ -221,7 +327,9 @@ def test_jobs_end(overlay):
                 assert [spec["clusterSelector"]["ray.io/cluster"]] == shared
                 assert not {"backoffLimit", "shutdownAfterJobFinishes", "rayClusterSpec"} & set(spec)
             else:
-                assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] and spec["backoffLimit"]
+                assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"]
+                # a lost head is the submitter's to try again
+                assert spec["backoffLimit"] == 0 and spec["submitterConfig"]["backoffLimit"]
                 assert "workerGroupSpecs" in spec["rayClusterSpec"] and spec["preRunningDeadlineSeconds"]
     for item in objects(overlay):
         if item["kind"] == "CronJob":
@@ -246,15 +354,16 @@ def test_jobs_run_what_there_is(overlay, tmp_path):
             assert any(o["metadata"]["name"] in mounted and name in o.get("data", {}) for o in objects(overlay))
             assert importlib.util.find_spec(module)
             (tmp_path / name).write_text(files[name])
-            if module == "ray_jobs.concept_batch":
-                assert not options
+            command = {"ray_jobs.concept_batch": "run", "ray_jobs.retrain": "retrain"}[module]
+            taken = {o for p in get_command(app).commands[command].params for o in p.opts}
+            assert set(options[::2]) <= taken
+            if command == "run":
                 load_batch(tmp_path / name).check_places()
             else:
-                assert module == "ray_jobs.retrain" and options[0] == "--wait"
                 asked = load_retraining(tmp_path / name)
                 asked.check_places()
                 # a job that is tried again finds the lease of the try that died
-                assert 60 * float(options[1]) > asked.lease
+                assert 60 * float(options[options.index("--wait") + 1]) > asked.lease
 
 
 @overlays
@@ -263,3 +372,4 @@ def test_heads_are_not_evicted(overlay):
     (budget,) = (o["spec"] for o in objects(overlay) if o["kind"] == "PodDisruptionBudget")
     assert budget["selector"] == {"matchLabels": {"ray.io/node-type": "head"}}
     assert isinstance(budget["minAvailable"], int) and budget["minAvailable"] > 1000
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # one that never gets ready blocks no drain

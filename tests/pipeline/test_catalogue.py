@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import fsspec
@@ -44,6 +45,50 @@ def test_bad_cards_are_named_and_the_others_read(tmp_path: Path) -> None:
     concepts, problems = read_catalogue(asked(str(tmp_path / "c")))
     assert [(c.name, c.token, c.training.steps) for c in concepts] == [("alice", "<alice>", 7)]
     assert "not valid YAML" in problems["bob"] and "name: String should match pattern" in problems["b ob"]
+
+
+def test_a_card_that_is_meant_is_not_overlooked(tmp_path: Path) -> None:
+    """Overlooked, it would retire its concept."""
+    names = ("a", "b", "c", "d", "e", "empty")
+    fill(tmp_path / "[c]", names)
+    for name, card in (("b", "concept.yml"), ("c", "CONCEPT.YAML"), ("d", "concept.yaml.txt")):
+        (tmp_path / "[c]" / name / "concept.yaml").rename(tmp_path / "[c]" / name / card)
+    (tmp_path / "[c]/e/Concept.yml").write_text("class_word: dog\n")
+    (tmp_path / "[c]/empty/concept.yaml").rename(tmp_path / "[c]/empty/concept.png")
+    concepts, problems = read_catalogue(asked(str(tmp_path / "[c]")))
+    assert [c.name for c in concepts] == ["a", "b", "c"]
+    assert "concept.yaml.txt: no card is read from a file of this name; call it concept.yaml" in problems["d"]
+    assert list(problems) == ["d", "e"] and "Concept.yml and concept.yaml are there; keep one" in problems["e"]
+    made = make_plan(asked(str(tmp_path / "[c]")).with_concepts(concepts))
+    assert all(len(stage.params["images"]) == 1 for stage in made.of("features"))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("class_word: !!bool x", "concept.yaml:1: the tag"),
+        ("class_word: !!timestamp x", "concept.yaml:1: the tag"),
+        ("class_word: " + "[" * 3000, "concept.yaml:1: lists and mappings are nested"),
+        ("class_word: cat\nclass_word: dog", "concept.yaml:2: the key 'class_word' is given twice, first in line 1"),
+        ("class_word: cat\nname: x", "concept.yaml:2: name: given by the folder"),
+        ("class_word: cat\ntraining: {steps: yes}", "concept.yaml:2: training.steps: expected a number, found yes"),
+        (
+            "class_word: &a [x]\nprompts: [" + "*a, " * 999 + "]",
+            "concept.yaml:1: class_word: expected text, found a list",
+        ),
+        (None, "concept.yaml: not a regular file"),
+    ],
+)
+def test_one_bad_card_is_one_concept_less(tmp_path: Path, card: str | None, message: str) -> None:
+    fill(tmp_path / "c", ("alice", "bob"))
+    place = tmp_path / "c/bob/concept.yaml"
+    place.unlink()
+    if card is None:
+        os.mkfifo(place)
+    else:
+        place.write_text(card)
+    concepts, problems = read_catalogue(asked(str(tmp_path / "c")))
+    assert [c.name for c in concepts] == ["alice"] and message in problems["bob"] and len(problems["bob"]) < 5000
 
 
 def test_a_new_category_has_no_token(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import re
 import shutil
@@ -11,8 +12,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -63,14 +64,9 @@ def served(folder: Path, *options: str) -> Iterator[str]:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
-            with contextlib.suppress(urllib.error.URLError):
-                urllib.request.urlopen(f"{address}/real/x/0", timeout=5)
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert server.poll() is None, server.stdout.read()
-            time.sleep(0.1)
-        yield address
+        printed = server.stdout.readline()
+        assert "Running on http://" in printed, printed
+        yield address + printed.split()[2].partition(f":{port}")[2].rstrip("/")
     finally:
         server.send_signal(signal.SIGINT)
         output = server.communicate(timeout=20)[0]
@@ -259,6 +255,74 @@ def test_nothing_tells_the_methods_apart(tmp_path):
     assert rows(folder) == []
 
 
+def ask(address: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
+    """Status and text; redirections are not followed."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=20)
+    sent = {name.replace("_", "-"): value.encode() for name, value in headers.items()}
+    with contextlib.closing(connection):
+        connection.request("GET" if body is None else "POST", path, body, sent)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+def test_odd_requests_are_refused_and_leave_nothing(tmp_path):
+    folder = make_study(tmp_path)
+    known = f"rater={'x' * 22}"
+    with served(folder) as address:
+        port = address.rpartition(":")[2]
+        for host in (f"localhost:{port}", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "localhost"):
+            assert ask(address, "/", Host=host)[0] == 200, host
+        for host in (f"rebound.example:{port}", "rebound.example", "localhost.example", "10.0.0.7", "[::1", "", "é"):
+            status, text = ask(address, "/", Host=host)
+            assert status in (400, 421) and "<img" not in text, host
+        for number in ("1" * 5000, "-1", "1.5", "%D9%A1", "%C2%B2", "x", "", "%ff", "1%00"):
+            assert ask(address, f"/?number={number}")[0] == 400, number
+        assert ask(address, "/?number=999999999")[0] == 200  # as when there were more
+        for rater in ("é", "%ff", "x" * 5000, "a b; =;;", r'"\303"', "'" * 22):
+            assert ask(address, "/", Cookie=f"rater={rater}")[0] == 200, rater
+            assert ask(address, "/image/x/left", Cookie=f"rater={rater}")[0] == 409, rater
+        for body, kind in (
+            (b"\xff=\xfe&view=%ff", f"{FORM}; charset=utf-8"),
+            (b"view=x", f"{FORM}; charset=klingon"),
+            (b"--x\r\nnonsense", "multipart/form-data; boundary=x"),
+            (b"no boundary", "multipart/form-data"),
+            (b"{}", "application/json"),
+            (b"&".join([b"a=b"] * 5000), FORM),
+        ):
+            assert ask(address, "/answer", body, Cookie=known, Content_Type=kind)[0] in (400, 409, 413), kind
+        for path in ("/image/%ff/left", "/image/%00/left", "/real/x/%D9%A1", "/real/x/12", f"/image/{'x' * 2000}/left"):
+            assert ask(address, path, Cookie=known)[0] in (404, 409), path
+        assert ask(address, "/rater", b"", Content_Type=FORM)[0] == 303
+    with contextlib.closing(sqlite3.connect(folder / "answers.sqlite")) as answers:
+        assert answers.execute("SELECT count(*) FROM raters").fetchone() == (0,)
+    assert rows(folder) == []
+
+
+def test_other_machines_need_the_token(tmp_path):
+    """The same one after a restart; with it an answer can be given, by whatever name the machine is asked for."""
+    folder = make_study(tmp_path)
+    roots = []
+    for _ in range(2):
+        with served(folder, "--host", "0.0.0.0") as address:
+            root = urllib.parse.urlsplit(address).path
+            roots.append(root)
+            for path in ("/", "/answer", "/image/x/left", f"{root[:-1]}/", f"{root}x/", "/..%2f"):
+                assert ask(address, path)[0] == 404, path
+            opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            page = opener.open(f"{address}/").read().decode()
+            sources = re.findall(r'src="([^"]*)"', page)
+            assert len(sources) == 2 and all(source.startswith(f"{root}/image/") for source in sources)
+            assert ask(address, f"{root}/", Host="study.example")[0] == 200
+            view = re.search(r'name="view" value="(\w+)"', page)[1]
+            answered = opener.open(f"{address}/answer", f"view={view}&question=text&side=left".encode())
+            assert answered.url == f"{address}/" and "1 of 12 answered" in answered.read().decode()
+    assert roots[0] == roots[1] and len(roots[0]) == 33
+    assert len(rows(folder)) == 2
+
+
 def test_sides_and_order_are_random_and_pairs_of_methods_have_equal_shares(tmp_path):
     study = load_study(make_study(tmp_path, tuple(COLOURS)))
     assert len(study.comparisons) == 2 * 3 * 3
@@ -335,7 +399,7 @@ def _outside(folder: Path) -> None:
         (_change(prompt=None), "row 0 has an empty field"),
         (_change(seed=1, prompt=PROMPTS[1]), "two images of method 'custom-diffusion'"),
         (lambda f: (f / "custom-diffusion/tabby/0.png").write_bytes(b"\x89PNG\r\n\x1a\n0000"), "0.png: not an image"),
-        (lambda f: shutil.rmtree(f / "concepts/pot"), "no real images .* of concept 'pot'"),
+        (lambda f: shutil.rmtree(f / "concepts/pot"), "no images at .*concepts/pot'"),
         (lambda f: _change(**dict(method="other"))(f) or _only(f, 1), "images of two methods or more"),
         (lambda f: (f / "answers.sqlite").write_text("no database, but a text"), "not a database of answers"),
     ],

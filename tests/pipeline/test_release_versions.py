@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +15,13 @@ from pathlib import Path
 import fsspec
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pipeline.release import versions as module
 from pipeline.release.lease import Busy, lease
-from pipeline.release.manifest import content_sum, own_sum
+from pipeline.release.manifest import content_sum, own_sum, public
+from pipeline.release.place import create
 from pipeline.release.publish import keep_candidate, publish, resolve, verify
 from pipeline.release.versions import diff, fetch, gc, listed, promote, read, rollback
 from ray_jobs.cli import main
@@ -218,13 +224,99 @@ def test_signed_releases(make: Make, destination: str, tmp_path: Path) -> None:
     # kept again, as it was
     assert promote(keep_candidate(make("three"), destination, "0a1b", {}, key), signing_key=key) == "v0004"
     assert verify(destination, ours) == []
-    with pytest.raises(ValueError, match="--signing-key"):
+    with pytest.raises(ValueError, match=r"not by this key|missing"):
         promote(unsigned, signing_key=key)
     for wrong in (str(make("one") / "README.md"), str(tmp_path / "none")):
         with pytest.raises(ValueError, match="no private key"):
             publish(make("two"), destination, signing_key=wrong)
         with pytest.raises(ValueError, match="no public key"):
             verify(url, wrong)
+
+
+def keys(folder: Path) -> tuple[str, str]:
+    """A private and a public key (PEM)."""
+    private, public = folder / "key.pem", folder / "key.pub"
+    key = Ed25519PrivateKey.generate()
+    form = serialization.PrivateFormat.PKCS8
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return str(private), str(public)
+
+
+def test_latest_is_signed(make: Make, destination: str, tmp_path: Path) -> None:
+    private, public = keys(tmp_path)
+    fs, root = fsspec.core.url_to_fs(destination)
+
+    def latest() -> dict:
+        fs.invalidate_cache()
+        return json.loads(fs.cat_file(f"{root}/latest.json"))
+
+    publish(make("one"), destination, {"batch": "pets"}, private)
+    first = latest()
+    assert (first["version"], first["number"], first["project"], first["alias"]) == ("v0001", 1, "pets", "latest")
+    publish(make("two"), destination, {"batch": "pets"}, private)
+    assert (latest()["number"], verify(destination, public)) == (2, [])
+    rollback(destination, signing_key=private)
+    assert (latest()["rolled_back"], latest()["number"], verify(destination, public)) == (["v0002"], 3, [])
+    # moved by who has no key
+    forged = latest() | {"version": "v0002", "rolled_back": []}
+    fs.pipe_file(f"{root}/latest.json", json.dumps(forged).encode())
+    assert verify(destination, public) == ["latest.json: not signed by this key, or it was changed"]
+    rollback(destination, to="v0001")
+    assert verify(destination) == [] and "latest.json: not signed: whoever" in verify(destination, public)[0]
+    assert verify(f"{destination}/v0001", public) == []  # named itself, it needs no alias
+    promote(f"{destination}/v0001", signing_key=private)
+    assert verify(destination, public) == []
+    # an alias under the name of another
+    promote(f"{destination}/v0002", "staging", signing_key=private)
+    assert verify(f"{destination}/staging", public) == []
+    fs.pipe_file(f"{root}/latest.json", fs.cat_file(f"{root}/staging.json"))
+    assert "this is staging.json, under another name" in verify(destination, public)[0]
+    # signed later, of the same content
+    fs.pipe_file(f"{root}/latest.json", b'{"version": "v0002", "rolled_back": ["v0001"]}')
+    assert not publish(make("two"), destination, {"batch": "pets"}, private).created
+    assert (verify(destination, public), latest()["rolled_back"]) == ([], ["v0001"])
+
+
+def test_another_project_s_release_under_the_same_key(make: Make, tmp_path: Path) -> None:
+    private, public = keys(tmp_path)
+    places = {name: str(tmp_path / name) for name in ("pets", "gates")}
+    for name, place in places.items():
+        for text in ("one", "two"):
+            publish(make(f"{name}-{text}"), place, {"batch": name}, private)
+    shutil.rmtree(f"{places['pets']}/v0002")
+    shutil.copytree(f"{places['gates']}/v0002", f"{places['pets']}/v0002")
+    wrong = ["manifest.json: of the project 'gates', not 'pets'"]
+    assert verify(places["pets"], public) == verify(f"{places['pets']}/v0002", public) == wrong
+    with pytest.raises(ValueError, match="of the project 'gates'"):
+        promote(f"{places['pets']}/v0002", "production", signing_key=private)
+    # with its latest.json, too: who expects a project has to say so
+    shutil.copy(f"{places['gates']}/latest.json", f"{places['pets']}/latest.json")
+    assert verify(places["pets"], public) == [] and verify(places["pets"], public, "pets") == wrong
+    candidate = keep_candidate(make("gates-three"), places["gates"], "0a1b", {"batch": "gates"}, private)
+    shutil.copytree(candidate, f"{tmp_path}/other/candidates/0a1b")
+    publish(make("pets-one"), f"{tmp_path}/other", {"batch": "pets"}, private)
+    with pytest.raises(ValueError, match="of the project 'gates'"):
+        promote(f"{tmp_path}/other/candidates/0a1b", signing_key=private)
+
+
+def test_a_candidate_that_is_exchanged_while_it_is_promoted(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, _ = keys(tmp_path)
+    place = keep_candidate(make("one"), str(tmp_path / "releases"), "0a1b", {}, private)
+    get = fsspec.implementations.local.LocalFileSystem.get
+
+    def exchanged(*args: object, **kwargs: object) -> None:
+        Path(place, "README.md").write_text("evil")
+        get(*args, **kwargs)
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "get", exchanged)
+    with pytest.raises(ValueError, match=r"README.md: changed(.|\n)*not copied"):
+        promote(place, signing_key=private)
+    assert listed(str(tmp_path / "releases")) == []
 
 
 def forge(url: str, changed: dict) -> None:
@@ -281,6 +373,24 @@ def test_a_damaged_manifest_is_none(make: Make, tmp_path: Path, damage: str | di
     assert publish(make("two"), destination).version == "v0003"
 
 
+def test_what_is_published_says_nothing_of_the_machine() -> None:
+    assert public(
+        {
+            "base": "/home/anna/bases/sd15/",
+            "clip": ["C:\\Users\\anna\\clip", "~/clip", "owner/clip", "./clip"],
+            "corpus": "s3://KEY:SECRET@host/a.parquet",
+            "url": "https://anna:pw@host:80/x@y",
+            "steps": 4,
+        }
+    ) == {
+        "base": "sd15",
+        "clip": ["clip", "clip", "owner/clip", "./clip"],
+        "corpus": "s3://host/a.parquet",
+        "url": "https://host:80/x@y",
+        "steps": 4,
+    }
+
+
 def test_the_command_names_what_is_wrong(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*arguments: str) -> str:
         with pytest.raises(SystemExit):
@@ -334,6 +444,30 @@ def test_a_lease_is_one_process_s(destination: str) -> None:
 
 def written(left: float) -> bytes:
     return json.dumps({"holder": "a", "seconds": 30, "until": time.time() + left}).encode()
+
+
+def test_a_lease_that_lasts_for_years_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lasts up to 86400"), lease(str(tmp_path), 1e9):
+        pass
+    path = tmp_path / ".lease/000004.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"holder": "a", "seconds": 1e9, "until": time.time() + 1e9}))
+    os.utime(path, times=(time.time() - 60,) * 2)
+    with lease(str(tmp_path), 30) as held:
+        assert held.number == 5
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_there(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a full disk: the file is made, nothing written
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="too large"):
+            create(fsspec.filesystem("file"), str(tmp_path / "new"), b"content")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("left", [365 * 86_400, float("inf"), float("nan")])

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import re
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -17,6 +19,7 @@ from pipeline.sampling import grid
 from pipeline.spec import Concept, ConceptBatch
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
+from retrieval.select import CANDIDATES, LEFT_OUT
 from training.weights import ConceptWeights
 
 EVIL = "<script>alert('x')</script>"
@@ -86,7 +89,9 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     place = [str(tmp_path / "images")]
     cat = Concept(name="cat", images=place, class_word=f"cat {EVIL}")
     evil = Concept.model_construct(name=f"evil {EVIL}", images=tuple(place), class_word="dog", token="<new2>")
-    batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"composition": composition})
+    batch = ConceptBatch(
+        name="demo", store="s3://KEY:pass/word@b/st", concepts=(cat, evil), training={"composition": composition}
+    )
     store = Store(str(tmp_path / "store"))
     stages = []
 
@@ -184,6 +189,31 @@ def test_summary(tmp_path: Path) -> None:
     assert figures["bytes"]["ratio"] == 300 / 4000
 
 
+def test_what_retrieval_left_out_is_said(tmp_path: Path) -> None:
+    plan, store = make_run(tmp_path)
+    assert summary(plan, store, RELEASE)["left_out"] == []
+    candidates = Stage("candidates", "cat", {})
+    folder = make(store, candidates, 1.0)
+    (folder / "corpus.json").write_text(json.dumps({"rows": 1000, "used": 988}))
+    schema = CANDIDATES.with_metadata({LEFT_OUT: json.dumps({"nsfw": 3, "unscored": 4, "blocked": 5})})
+    pq.write_table(schema.empty_table(), folder / "candidates.parquet")
+    (regularization,) = plan.of("regularization")
+    folder = store.path("regularization", regularization.key) / "set"
+    RegularizationSet(folder, 5, 3, {"blocked": 2, "success": 3}, None).save()
+    plan = dataclasses.replace(plan, stages=(candidates, *plan.stages))
+    said = summary(plan, store, RELEASE)["left_out"]
+    assert [line.partition(" left out")[0] for line in said] == [
+        "The corpus: 12 of 1000 rows are",
+        "“cat”: 3 captions are",
+        "“cat”: 4 captions are",
+        "“cat”: 5 captions are",
+        "cat: 2 downloaded images are",
+    ]
+    write_report(plan, store, RELEASE, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert all(line in page for line in said)
+
+
 @pytest.mark.parametrize("composition", ["merged", "joint"])
 @pytest.mark.parametrize("identity", [True, False])
 def test_the_page_stands_alone_and_says_everything(tmp_path: Path, composition: str, identity: bool) -> None:
@@ -208,6 +238,7 @@ def test_the_page_stands_alone_and_says_everything(tmp_path: Path, composition: 
     assert ("Identity" in page) == identity
     assert "3 of 5 images: all 5 candidates are used up" in page
     assert "+5.2 s.e." in re.sub("<[^>]*>", "", page)
+    assert "pass/word" not in page and "s3://***@b/st" in page
     assert "in the snow" in page and RELEASE in page and "7.5% of the concepts" in page
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.spec import ConceptBatch, load_batch
+from pipeline.miniature.world import concept_images
+from pipeline.plan import make_plan, read_block_list
+from pipeline.spec import MINIATURE, ConceptBatch, clip_path, load_batch, overridden
 
 
 def write(tmp_path: Path, text: str, name: str = "batch.yaml") -> Path:
@@ -36,7 +38,7 @@ def test_paper_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (CONCEPT + "trainig: {steps: 3}", r"batch.yaml: trainig: unknown key; did you mean 'training'\?"),
+        (CONCEPT + "trainig: {steps: 3}", r"batch.yaml:2: trainig: unknown key; did you mean 'training'\?"),
         (CONCEPT + "training: {step: 3}", r"training.step: unknown key; did you mean 'steps'\?"),
         (
             "concepts: [{name: a, images: a, clas_word: a}]",
@@ -44,7 +46,7 @@ def test_paper_defaults(tmp_path):
         ),
         (CONCEPT + "training: {steps: 0}", r"training.steps: .*greater than 0, found 0"),
         (CONCEPT + "training: {steps: many}", r"training.steps: .*found 'many'"),
-        (CONCEPT + "training: {learning_rate: .nan}", r"training.learning_rate: .*found nan"),
+        (CONCEPT + "training: {learning_rate: .nan}", r"training.learning_rate: .*found .nan"),
         (CONCEPT + "training: {method: lora}", r"training.method: expected one of custom_diffusion, .*; found 'lora'"),
         (CONCEPT + "training: {composition: both}", r"training.composition: .*'merged' or 'joint', found 'both'"),
         (
@@ -84,7 +86,30 @@ def test_paper_defaults(tmp_path):
         ("name: x", r"concepts: missing"),
         ("concepts: [{name: a/b, images: a, class_word: a}]", r"concepts\[0\].name"),
         ("concepts: [{name: a, images: a, class_word: a, token: 'a b'}]", r"one word without spaces, found 'a b'"),
-        ("just text", r"expected a mapping with the key 'concepts', found str"),
+        (CONCEPT + CONCEPT, r"batch.yaml:2: the key 'concepts' is given twice, first in line 1"),
+        (CONCEPT + "training: {steps: yes}", r"batch.yaml:2: training.steps: expected a number, found yes"),
+        (CONCEPT + "training: {pack_size: on}", r"training.pack_size: expected a number, found on"),
+        (CONCEPT + "training: {deepspeed: {stage: true}}", r"training.deepspeed.stage: expected a number, found true"),
+        (CONCEPT + "training: {learning_rate: false}", r"training.learning_rate: expected a number, found false"),
+        (CONCEPT + "training: {augment: 1}", r"training.augment: expected true or false, found 1$"),
+        (CONCEPT + "training: {compile: 0.0}", r"training.compile: expected true or false, found 0.0"),
+        (CONCEPT + "training:\n  steps: 3\n  seed: -1", r"batch.yaml:4: training.seed: .*found -1"),
+        (CONCEPT + "training:", r"batch.yaml:2: training: expected a mapping, found nothing"),
+        ("concepts: [{name: a, images: a, class_word: no}]", r"concepts\[0\].class_word: expected text, found no"),
+        ("concepts: [{name: a, images: a, class_word: ' \t'}]", r"concepts\[0\].class_word: blank"),
+        (f"concepts: [{{name: {'a' * 250}, images: a, class_word: a}}]", r"name: .*at most 100 characters, found 'a+…"),
+        (CONCEPT + f"name: {'a' * 250}", r"batch.yaml:2: name: .*at most 100 characters"),
+        (_concept(f"token: <{'ä' * 60}>"), r"concepts\[0\].token: a token has at most 100 bytes"),
+        (CONCEPT + "output: s3://b", r"output: report and summary go to a local folder"),
+        (CONCEPT + "output: ''", r"output: report and summary go to a local folder"),
+        (CONCEPT + "store: s3://", r"store: 's3://' names no bucket"),
+        (CONCEPT + "publish: {to: s3:/b}", r"publish.to: 's3:/b' is no URL; write s3://"),
+        (CONCEPT + "retrieval: {corpus: 's4://b'}", r"retrieval.corpus: 's4://b' is on no storage"),
+        (
+            CONCEPT + "retrieval: {base_url: 'https://me:pw@h'}",
+            r"retrieval.base_url: .*without user names and passwords; found 'https://\*\*\*@h'",
+        ),
+        ("just text", r"expected a mapping with the key 'concepts', found 'just text'"),
         ("a: [", r"not valid YAML"),
         (CONCEPT + "training: {prompt: a photo}", r"training.prompt: a prompt names the concept once by '{}'"),
     ],
@@ -92,6 +117,73 @@ def test_paper_defaults(tmp_path):
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load_batch(write(tmp_path, text))
+
+
+def test_a_wrong_concept_is_the_only_mistake(tmp_path):
+    with pytest.raises(ValueError) as refused:
+        load_batch(write(tmp_path, "concepts:\n- {name: a, images: a, class_word: 3}\n"))
+    assert str(refused.value) == f"{tmp_path}/batch.yaml:2: concepts[0].class_word: expected text, found 3"
+
+
+def test_many_or_long_mistakes_are_cut(tmp_path):
+    text = f"{'k' * 500}: 1\nconcepts: &all [{', '.join(['{name: 3}'] * 200)}]\nmerge: *all\n"
+    with pytest.raises(ValueError) as refused:
+        load_batch(write(tmp_path, text))
+    assert len(str(refused.value).splitlines()) == 21 and len(str(refused.value)) < 10_000
+
+
+def test_places_are_relative_to_the_file(tmp_path, monkeypatch):
+    """But for `output`; they stand in the spec as they are written."""
+    monkeypatch.setenv("HOME", "/home/me")
+    folder = tmp_path / "[work]"
+    folder.mkdir()
+    (folder / "base").mkdir()
+    text = CONCEPT.replace("images: cat", "images: [cat, 'c*/?.png']") + (
+        "name: x\nbase: base\noutput: runs/{name}\nstore: st\npublish: {to: ../to, signing_key: key.pem}\n"
+        "retrieval: {block_list: bad.txt, corpus: '~/c/*.parquet', clip: ./clip}\nevaluation: {clip: ~/clip}\n"
+    )
+    batch = load_batch(write(folder, text))
+    assert (batch.store_url, batch.release_url, batch.output_path) == (f"{folder}/st", f"{tmp_path}/to", "runs/x")
+    assert (batch.base_path, batch.signing_key) == (f"{folder}/base", f"{folder}/key.pem")
+    assert (batch.corpus, batch.at(batch.retrieval.block_list)) == ("/home/me/c/*.parquet", f"{folder}/bad.txt")
+    clips = [clip_path(section.clip, batch.folder) for section in (batch.retrieval, batch.evaluation)]
+    assert clips == [f"{folder}/clip", "/home/me/clip"]
+    assert batch.concepts[0].images == (f"{folder}/cat", f"{tmp_path}/[[]work]/c*/?.png")
+    assert (batch.base, batch.store) == ("base", "st")
+    with pytest.raises(ValueError, match="store: 'st' is relative"):
+        batch.check_places()
+    home = overridden(batch, output="~/runs/{name}")
+    assert (
+        home.output_path == "/home/me/runs/x" and home.store_url == batch.store_url and home.concepts == batch.concepts
+    )
+    for wrong in ("s3://b/x", ""):
+        with pytest.raises(ValueError, match=r"^--output: report and summary go to a local folder"):
+            overridden(batch, output=wrong)
+    assert load_batch(write(tmp_path, CONCEPT + "output: ~/x")).store_url == "/home/me/x/store"
+
+
+def test_a_release_says_nothing_of_a_machine(tmp_path):
+    """The same batch beside the same base in two folders is one release; paths in the home folder stay there."""
+    (tmp_path / "key").mkdir()
+    keys, specs = set(), []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        (folder / "cat").mkdir(parents=True)
+        concept_images("cat", "noto", 1, seed=1)[0].save(folder / "cat" / "1.png")
+        for model in ("model", "clip"):
+            (folder / f"my{model}").symlink_to(MINIATURE / model)
+        written = {"one": "./my", "two": "./my"}[name]
+        text = CONCEPT + (
+            f"base: {written}model\nevaluation: {{clip: {folder}/myclip}}\ntraining: {{regularization: none}}\n"
+            f"store: {folder}/store\npublish: {{signing_key: {folder}/key.pem, license_name: x, "
+            "license_link: 'https://me:pw@h/licence'}\n"
+        )
+        release = make_plan(load_batch(write(folder, text))).stages[-1]
+        keys.add(release.key)
+        specs.append(json.dumps(release.params))
+        assert release.places["base_name"] == "./mymodel"
+    assert len(keys) == 1 and specs[0] == specs[1]
+    assert str(tmp_path) not in specs[0] and "pw" not in specs[0] and '"clip": "myclip"' in specs[0]
 
 
 def test_missing_file(tmp_path):
@@ -133,11 +225,66 @@ def test_concepts_list_of_other_trainers(tmp_path):
         load_batch(write(tmp_path, json.dumps(entries), "concepts_list.json"))
 
 
+@pytest.mark.parametrize(
+    ("instance", "of_class", "class_word", "noted"),
+    [
+        ("a photo of sks bus", "a photo of bus", "bus", "'sks' is not the concept's token"),
+        ("photo of a <new1> bus", "A picture of the bus.", "bus", ""),
+        ("photo of <new1> wooden  pot", "a wooden pot", "wooden pot", ""),
+        ("<new1> bus", "an image of a bus", "bus", ""),
+        ("a high quality photo of a <new1> bus", "a high quality photo of a bus", "bus", "'high quality photo of …'"),
+        ("a painting of my own <new1> bus at night", "bus", "bus", "'painting of … my own at night' of the instance"),
+    ],
+)
+def test_instance_prompts_of_other_trainers(tmp_path, instance, of_class, class_word, noted):
+    """With a byte order mark, as some editors write it."""
+    entry = {"instance_prompt": instance, "class_prompt": of_class, "instance_data_dir": "bus"}
+    batch = load_batch(write(tmp_path, "\ufeff" + json.dumps([entry]), "list.json"))
+    assert (batch.concepts[0].class_word, batch.concepts[0].token) == (class_word, "<new1>")
+    assert len(batch.notes) == bool(noted) and noted in "".join(batch.notes)
+    rare = load_batch(write(tmp_path, "concepts: list.json\ntraining: {method: dreambooth}"))
+    assert rare.concepts[0].token == ("sks" if "sks" in instance else "<new1>")
+    for key, value, message in (
+        ("class_prompt", "a photo of a", "names no class; found 'a photo of a'"),
+        ("instance_prompt", "<a> <b>", "expected one new token like <new1>, found '<a> <b>'"),
+        ("instance_data_dir", 3, "expected text, found 3"),
+    ):
+        with pytest.raises(ValueError, match=rf"list.json: \[0\].{key}: {message}"):
+            load_batch(write(tmp_path, json.dumps([entry | {key: value}]), "list.json"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "{}  cat.jpg",
+        "{} *dir/cat.jpg",
+        "\\{}  odd\\nname",
+        "SHA256 (" + "1" * 64 + ".jpg) = {}",
+        "SHA2-256(cat.jpg)= {}",
+        '"{}","reported"',
+        "sha256:{}",
+        "SHA256          {}       C:\\cat.jpg",
+    ],
+)
+def test_block_lists(tmp_path, form):
+    sums = [f"{i:02x}" * 31 + "aB" for i in range(2)]
+    lines = ["# bad ones", "", *(form.format(s) for s in (sums[0], sums[1].upper(), sums[0].upper()))]
+    (tmp_path / "bad.txt").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_block_list(str(tmp_path / "bad.txt")) == [s.lower() for s in sums]
+    for wrong in ("f" * 63, "f" * 128, "cat.jpg", "g" * 64):
+        (tmp_path / "bad.txt").write_text(f"{sums[0]}\n{wrong}\n")
+        with pytest.raises(ValueError, match=r"bad.txt:2: expected a sha256 sum of 64 hexadecimal digits"):
+            read_block_list(str(tmp_path / "bad.txt"))
+
+
 def test_prompt_suites(tmp_path):
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "cat.txt").write_text("photo of a {}.\n\n  {} in the snow \n")
     cat = "concepts: [{name: cat, images: cat, class_word: cat, prompts: %s}]\n"
     suite = ("photo of a {}.", "{} in the snow")
+    (tmp_path / "suites" / "marked.txt").write_text("\ufeffphoto of a {}.\r\n{} in the snow")
+    assert load_batch(write(tmp_path, cat % "suites/marked.txt")).concepts[0].prompts == suite
     batch = load_batch(write(tmp_path, cat % "suites/cat.txt"))
     assert batch.concepts[0].prompts == batch.prompts_of(batch.concepts[0]) == suite
     assert load_batch(write(tmp_path, cat % "['a {}', suites/cat.txt]")).concepts[0].prompts == ("a {}", *suite)
@@ -150,7 +297,7 @@ def test_prompt_suites(tmp_path):
         (tmp_path / "suites" / "cat.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_batch(write(tmp_path, cat % "suites/cat.txt"))
-    with pytest.raises(ValueError, match=r"concepts\[0\].prompts: .*nothing.txt: cannot be read"):
+    with pytest.raises(ValueError, match=r"concepts\[0\].prompts: .*nothing.txt: no such file"):
         load_batch(write(tmp_path, cat % "nothing.txt"))
 
 
@@ -191,7 +338,7 @@ def test_the_authors_benchmark_as_it_is(tmp_path):
     shutil.rmtree(benchmark)
     with pytest.raises(ValueError, match=r"customconcept101/dataset.json: no such file"):
         load_batch(write(tmp_path, own))
-    with pytest.raises(ValueError, match=r"batch.yaml: expected a list of concepts, found dict"):
+    with pytest.raises(ValueError, match=r"batch.yaml: expected a list of concepts, found a mapping"):
         load_batch(write(tmp_path, "concepts: batch.yaml"))
 
 

@@ -29,6 +29,8 @@ from pipeline.spec import ConceptBatch
 from pipeline.stages import regularization_set, run_stage, train_pack
 from pipeline.store import Store
 from ray_jobs.concept_batch import run, run_stages
+from ray_jobs.limits import Limits, OutOfTime
+from ray_jobs.same_code import OtherCode, SameCode, code_here
 from training.weights import ConceptWeights
 
 pytestmark = pytest.mark.slow
@@ -202,14 +204,35 @@ def test_a_bad_web(cluster, content, tmp_path):
     assert found.shortfall == "11 of 14 images; all 20 candidates are used up (9 failed_to_download)"
 
 
-def test_workers_come_later(plan, tmp_path, capsys):
-    """A head that computes nothing, as where an autoscaler keeps no worker without work."""
-    store = Store(str(tmp_path / "store"))
+def test_nodes_run_the_same_code(cluster, plan, tmp_path, monkeypatch):
+    """One that does not is named, however good its results look, and nothing is left out because of it."""
+    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of("features")), ())
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    there = code_here()
+    with connected(cluster):
+        SameCode(there).check(seconds=60)
+        SameCode(there | {"commit": "another", "host": "another"}).check(seconds=60)
+        monkeypatch.setattr("ray_jobs.concept_batch.code_here", lambda: there | {"torch": "1.0", "code": "0123"})
+        message = f"{there['host']} runs another image .*: code 0123, torch 1.0 here, code {there['code']}, torch"
+        with pytest.raises(OtherCode, match=message):
+            run_stages([features], store)
+    assert not any(store.has(stage.kind, stage.key) for stage in features)
+
+
+def test_workers_come_later(plan, tmp_path, capsys, monkeypatch):
+    """A head that computes nothing, as where an autoscaler keeps no worker without work. Where GPUs are asked for, a
+    worker without one is none."""
+    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of("features")), ())
     with started(nodes=0) as cluster, connected(cluster), ThreadPoolExecutor() as pool:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with pytest.raises(OutOfTime, match=r"no worker came within 0\.01 minutes"):
+            run_stages([features], store, Limits(device_wait=0.01))
         # nodes are started by the main thread only
-        outcome = pool.submit(run_stages, [Plan(plan.batch, tuple(plan.of("features")), ())], store)
-        time.sleep(3)
+        outcome = pool.submit(run_stages, [features], store, Limits(gpu=True))
         cluster.add_node(num_cpus=1)
+        time.sleep(2)
+        assert not any(store.has(stage.kind, stage.key) for stage in features)
+        cluster.add_node(num_cpus=1, num_gpus=1)
         assert outcome.result(timeout=120) == []
-    assert all(store.has(stage.kind, stage.key) for stage in plan.of("features"))
-    assert "waiting for the first" in capsys.readouterr().err
+    assert all(store.has(stage.kind, stage.key) for stage in features)
+    assert "no GPU yet: waiting for the first" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
 
     # what only the nodes can tell
     batch.write_text(batch.read_text().replace("images: cat", "images: /nowhere/cat"))
-    assert polyconcept("submit", str(batch)).returncode == 1
+    assert polyconcept("submit", str(batch)).returncode == 2
     told = polyconcept("status").stdout
     assert "failed with exit code 2" in told and "no images at '/nowhere/cat'" in told.splitlines()[-1]
 
@@ -103,11 +103,16 @@ def test_what_is_not_sent(batch, capsys):
         (text.replace("images: cat", f"images: {folder}/cat"), "name it relative to the batch file, 'cat'"),
         (text.replace("images: cat", "images: [cat, film.png]"), "101 MiB would be sent along, 101 of them"),
         (text.replace(f"output: {folder.parent}", "output: runs"), "is relative; on a cluster"),
-        (text + "base: ../sd\nevaluation: {clip: ../clip}\n", f"{folder.parent}/sd is not in {folder}:"),
+        (
+            text.replace("  guidance", "  clip: ../clip\n  guidance") + "base: ../sd\n",
+            f"{folder.parent}/sd is not in {folder}:",
+        ),
         (text + "retrieval: {block_list: ../bad.txt}\n", f"{folder.parent}/bad.txt is not in"),
         (text + "retrieval: {corpus: ../*.parquet}\n", f"{folder.parent}/*.parquet is not in"),
-        (text + "publish: {signing_key: ../key.pem}\n", f"{folder.parent}/key.pem is not in"),
-        (text + "evaluation: {prompts: ../ours.txt}\n", f"{folder.parent}/ours.txt is not in"),
+        (text + "publish: {signing_key: key.pem}\n", "'key.pem' is relative, and a private key is not sent along"),
+        (text + "store: st\n", "store: 'st' is relative; on a cluster"),
+        (text + "publish: {to: ../releases}\n", "publish.to: '../releases' is relative; on a cluster"),
+        (text.replace("prompts.txt", "../ours.txt"), f"{folder.parent}/ours.txt is not in"),
         (listed + "concepts: out.json\n", f"{folder.parent}/cat is not in"),
         (listed + "concepts: in.json\n", "name it relative to the batch file, 'cat'"),
         (text + "retrieval: {block_list: bad.txt, corpus: /lists/*.parquet}\n", sent),

@@ -19,6 +19,7 @@ from hub import Hub
 from pipeline.miniature.world import concept_images
 from pipeline.release import publish
 from pipeline.release.publish import verify
+from ray_jobs.limits import Limits
 
 CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
 
@@ -182,7 +183,7 @@ def test_concepts_that_break_and_go(catalogue, tmp_path, capsys, monkeypatch):
     (catalogue / "new/concept.yaml").write_text("class_word: cat\n")
     (catalogue / "new/1.png").write_text("no image")
     code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
-    assert code == 1 and out.endswith("releases/v0001\n"), err
+    assert code == 5 and out.endswith("releases/v0001\n"), err
     assert "left out: concepts[1] (new): " in err and events(log, "end")[0]["exit"] == 1
     assert "left out: " + str(catalogue / "twin/concept.yaml") + ": the token '<outlined-cat>' is that of" in err
     assert "left out: concepts[3] (word): token 'cat': the base model's tokenizer knows it already" in err
@@ -311,12 +312,30 @@ def test_bad_input(catalogue, tmp_path, capsys, change, message):
 def test_a_bad_concept_is_named(catalogue, tmp_path, capsys):
     (catalogue / "flat-turtle/concept.yaml").write_text("class_wrod: turtle\n")
     code, _, _, err = run("retrain", "retrain.yaml", capsys=capsys)
-    assert code == 2 and "flat-turtle/concept.yaml: class_wrod: unknown key; did you mean 'class_word'?" in err
+    assert code == 2 and "flat-turtle/concept.yaml:1: class_wrod: unknown key; did you mean 'class_word'?" in err
     (catalogue / "flat-turtle/concept.yaml").write_text("class_word: turtle\nname: turtle\n")
     assert "name: given by the folder" in run("retrain", "retrain.yaml", capsys=capsys)[3]
     for name in CONCEPTS:
         (catalogue / name / "concept.yaml").unlink()
     assert "no concept in it" in run("retrain", "retrain.yaml", capsys=capsys)[3]
+
+
+@pytest.mark.slow
+def test_the_deadline(catalogue, tmp_path, capsys, monkeypatch):
+    """It passes when a concept's features are there and its training, which would take days, is at work: what was
+    finished is kept, the lease is given back, and there is no release."""
+    runs = tmp_path / "runs/nightly"
+    path = tmp_path / "retrain.yaml"
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(settings | {"training": settings["training"] | {"steps": 10**6}}))
+    passed = property(lambda _: 0.0 if list(runs.glob("store/features/*/manifest.json")) else 60.0)
+    monkeypatch.setattr(Limits, "left", passed)
+    code, out, log, err = run("retrain", "retrain.yaml", "--deadline", "1140", capsys=capsys)
+    assert (code, out) == (124, "") and "the deadline of 1140 minutes has passed" in err
+    assert [record["event"] for record in log] == ["compared", "failed", "end"] and log[-1]["exit"] == 124
+    assert not list(runs.glob("releases/v*")) and not list(runs.glob("store/train/*/manifest.json"))
+    (lease,) = runs.glob("releases/.lease/*.json")
+    assert json.loads(lease.read_text())["until"] <= time.time()
 
 
 def test_two_runs_at_once(catalogue, tmp_path, capsys):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import email.utils
 import socket
+import threading
 import time
 import urllib.error
 
 import pytest
 from loopback import Web
 
-from retrieval.addresses import Rules, checked_opener, is_allowed, refusals
+from retrieval.addresses import Rules, ascii_url, checked_opener, is_allowed, refusals
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,15 @@ from retrieval.addresses import Rules, checked_opener, is_allowed, refusals
         ("224.0.0.1", False, False),
         ("100.64.0.1", False, False),
         ("255.255.255.255", False, False),
+        ("192.0.0.192", False, False),
+        ("168.63.129.16", False, False),
+        ("::ffff:168.63.129.16", False, False),
+        ("64:ff9b::a83f:8110", False, False),
+        ("100.100.100.200", False, False),
+        ("fd00:ec2::254", False, False),
+        ("fd00:ec2::23", False, False),
+        ("fd20:ce::254", False, False),
+        ("64:ff9b:1::a9fe:a9fe", False, False),
     ],
 )
 def test_addresses(address: str, public: bool, local: bool) -> None:
@@ -106,6 +118,105 @@ def test_redirects_elsewhere_are_not_followed(web: Web) -> None:
     with pytest.raises(urllib.error.HTTPError, match="infinite loop"):
         opener.open(f"{web.address}/0", timeout=2)
     assert opener.open(f"{web.address}/good", timeout=2).read().startswith(b"\x89PNG")
+
+
+def test_all_addresses_share_one_time(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(web.address.rpartition(":")[2])
+    connect, tried = socket.create_connection, []
+
+    def slow(address, timeout, source_address):
+        tried.append(timeout)
+        if len(tried) < 9:
+            time.sleep(min(timeout, 0.2))
+            raise TimeoutError("timed out")
+        return connect(address, timeout, source_address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer(["127.0.0.1"] * 8))
+    monkeypatch.setattr(socket, "create_connection", slow)
+    start = time.monotonic()
+    with pytest.raises(urllib.error.URLError, match="not there in time"):
+        checked_opener(Rules(local=True, max_bytes=1000)).open(f"http://many.example:{port}/image/1.png", timeout=0.5)
+    assert time.monotonic() - start < 1.5
+    assert tried == sorted(tried, reverse=True) and len(tried) == 3
+
+
+def test_redirects_share_one_time(web: Web) -> None:
+    web.redirects = {"/slow/1": "/slow/2", "/slow/2": "/slow/3", "/slow/3": "/image/1.png"}
+    opener = checked_opener(Rules(local=True, max_bytes=100_000))
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="not there in time"):
+        opener.open(f"{web.address}/slow/1", timeout=1)
+    assert time.monotonic() - start < 2
+    assert opener.open(f"{web.address}/slow/3", timeout=5).read().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_headers_and_handshakes_that_trickle(secure: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError), server.accept()[0] as client:
+                # a TLS record, or a header, that never ends
+                client.sendall(b"\x16\x03\x03\x40\x00" if secure else b"HTTP/1.1 200 OK\r\nX: ")
+                while True:
+                    client.sendall(b"a")
+                    time.sleep(0.05)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        url = f"http{'s' * secure}://127.0.0.1:{server.getsockname()[1]}/"
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            checked_opener(Rules(local=True, max_bytes=1000)).open(url, timeout=0.5)
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_asked_again_when_the_server_says(web: Web, status: int) -> None:
+    opener = checked_opener(Rules(local=True, max_bytes=100_000))
+    soon = email.utils.formatdate(time.time() - 5, usegmt=True)
+    for after in ("1", soon):
+        web.statuses = {"/image/1.png": (status, {"Retry-After": after})}
+        start = time.monotonic()
+        assert opener.open(f"{web.address}/image/1.png", timeout=0.9).read().startswith(b"\x89PNG")
+        assert time.monotonic() - start >= (1 if after == "1" else 0)
+    for after in ("3600", "soon", "-1", "1e9", ""):
+        web.statuses = {"/image/1.png": (status, {"Retry-After": after})}
+        asked = len(web.asked)
+        with pytest.raises(urllib.error.HTTPError, match=f"Error {status}"):
+            opener.open(f"{web.address}/image/1.png", timeout=2)
+        assert len(web.asked) == asked + 1
+    web.statuses = {"/never": (status, {})}
+    with pytest.raises(urllib.error.HTTPError, match=f"Error {status}"):
+        opener.open(f"{web.address}/never", timeout=2)
+
+
+def test_not_asked_again_for_ever(web: Web) -> None:
+    web.redirects = {f"/{n}": f"/busy/{n}" for n in range(9)}
+    web.statuses = {f"/busy/{n}": (429, {"Retry-After": "0"}) for n in range(9)}
+    opener = checked_opener(Rules(local=True, max_bytes=100_000))
+    web.always = {"/busy/1"}
+    with pytest.raises(urllib.error.HTTPError, match="Error 429"):
+        opener.open(f"{web.address}/1", timeout=2)
+    assert web.asked == ["/1", "/busy/1", "/busy/1", "/busy/1"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://a.example/one cat.jpg?q=a cat#top", "http://a.example/one%20cat.jpg?q=a%20cat#top"),
+        (" http://a.example/katze.jpg\n", "http://a.example/katze.jpg"),
+        ("http://a.example/Kätzchen/猫.jpg?größe=1", "http://a.example/K%C3%A4tzchen/%E7%8C%AB.jpg?gr%C3%B6%C3%9Fe=1"),
+        ("http://bücher.example:80/a", "http://xn--bcher-kva.example:80/a"),
+        ("http://例え.jp/a", "http://xn--r8jz45g.jp/a"),
+        ("http://a.example/100%/50%25/%E7%8C%AB", "http://a.example/100%25/50%25/%E7%8C%AB"),
+        ('http://a.example/a|b{c}"<d>', "http://a.example/a%7Cb%7Bc%7D%22%3Cd%3E"),
+        ("http://a.example/x?sig=a%2Fb%3D&t=(1)*[2]~!$'+;,:@", "http://a.example/x?sig=a%2Fb%3D&t=(1)*[2]~!$'+;,:@"),
+        ("http://[2606:4700::1111]:80/ü", "http://[2606:4700::1111]:80/%C3%BC"),
+    ],
+)
+def test_urls_as_they_are_sent(url: str, sent: str) -> None:
+    assert ascii_url(url) == sent == ascii_url(sent)
+    assert ascii_url(url).isascii()
 
 
 def test_bytes_and_time_are_bounded(web: Web) -> None:

@@ -34,6 +34,24 @@ def test_directories_without_the_files(clip_directory: Path, tmp_path: Path) -> 
         load_clip(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.pth", "pytorch_model.bin"])
+def test_no_pickle_of_a_directory_is_read(clip: ClipModel, clip_directory: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(clip_directory / "open_clip_config.json", tmp_path)
+    shutil.copy(clip_directory / "open_clip_model.safetensors", tmp_path / "mine.safetensors")
+    (tmp_path / name).write_bytes(b"a pickle")
+    assert load_clip(str(tmp_path)).digest == clip.digest
+    shutil.copy(tmp_path / "mine.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"\['mine\.safetensors', 'other\.safetensors'\]; name the one"):
+        load_clip(str(tmp_path))
+
+
+def test_weights_that_are_none(clip_directory: Path, tmp_path: Path) -> None:
+    shutil.copy(clip_directory / "open_clip_config.json", tmp_path)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_clip(str(tmp_path))
+
+
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"its pretrained tags are .*laion2b_s34b_b79k"):
         load_clip("ViT-B-32/laion")

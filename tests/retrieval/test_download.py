@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loopback import Web, encoded, picture
+from loopback import Web, encoded, endless, picture
 
+from retrieval import decoding
 from retrieval.download import download
 from retrieval.images import perceptual_hash
 from retrieval.regularization import RegularizationSet
 
 pytestmark = pytest.mark.slow  # img2dataset takes seconds to start
+
+
+def sum_of(seed: int) -> str:
+    return hashlib.sha256(encoded(picture(seed))).hexdigest()
 
 
 def table(urls: list[str], sha256: list[str | None] | None = None) -> pa.Table:
@@ -32,6 +38,8 @@ def statuses(found: RegularizationSet) -> list[str]:
 
 
 def test_every_candidate_has_its_fate(web: Web, tmp_path: Path) -> None:
+    web.pages = {"/script": encoded(picture(1005), "EPS")}
+    web.statuses = {"/moved": (429, {"Retry-After": "1"})}
     web.redirects = {"/meta": "http://169.254.169.254/latest", "/moved": "/image/8.png"}
     fates = {
         "image/1.png": "success",
@@ -53,29 +61,36 @@ def test_every_candidate_has_its_fate(web: Web, tmp_path: Path) -> None:
         "image/4.png": "hash_mismatch",
         "image/5.png": "blocked",
         "moved": "success",
+        "script": "failed_to_resize",
+        "image/ä 9.png": "success",
+        "image/10.png": "blocked",
     }
     pins = [None] * len(fates)
     pins[list(fates).index("image/4.png")] = "0" * 64
     settings = {
-        "count": 5,
+        "count": 6,
         "image_size": 32,
         "local": True,
         "base_url": web.address,
         "exclude": [perceptual_hash(picture(2))],
-        "blocked_sha256": [hashlib.sha256(encoded(picture(5))).hexdigest()],
+        "blocked_sha256": [sum_of(5), sum_of(10).upper()],
         "timeout": 2,
         "max_bytes": 100_000,
     }
     found = download(table(list(fates), pins), tmp_path / "set", **settings)
 
     assert dict(zip(fates, statuses(found), strict=True)) == fates
-    assert (found.asked, found.got, len(found)) == (5, 3, 3)
+    assert (found.asked, found.got, len(found)) == (6, 4, 4)
     assert found.statuses["refused"] == 4 and sum(found.statuses.values()) == len(fates)
-    assert found.shortfall.startswith("3 of 5 images; all 19 candidates are used up (1 blocked, 2 duplicate")
+    assert found.shortfall.startswith("4 of 6 images; all 22 candidates are used up (2 blocked, 2 duplicate")
     assert RegularizationSet.load(found.path) == found
 
     images = list(found)
-    assert [caption for _, caption in images] == found.captions() == ["caption 0", "caption 15", "caption 18"]
+    assert (
+        [caption for _, caption in images]
+        == found.captions()
+        == ["caption 0", "caption 15", "caption 18", "caption 20"]
+    )
     assert all(image.mode == "RGB" and image.size == (32, 32) for image, _ in images)
     first = next(found.samples())
     assert set(first) - {"__url__", "__local_path__"} == {"__key__", "jpg", "txt", "json"}
@@ -96,6 +111,19 @@ def test_every_candidate_has_its_fate(web: Web, tmp_path: Path) -> None:
     again = download(table(list(fates), pins), tmp_path / "again", **settings)
     for name in ("00000.tar", "set.json"):
         assert (again.path / name).read_bytes() == (found.path / name).read_bytes()
+
+
+def test_an_image_that_takes_too_long_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
+    from retrieval.fetch import SquareResizer
+
+    monkeypatch.setattr(decoding, "_DECODERS", decoding._Decoders())
+    monkeypatch.setattr(decoding, "DECODE_SECONDS", 0.5)
+    resize = SquareResizer(32)
+    good, hostile = encoded(picture(1)), endless(3000)
+    assert resize(io.BytesIO(hostile))[0] is None
+    assert resize(io.BytesIO(hostile))[-1] == "takes more than 0.5 s to decode"
+    assert resize(io.BytesIO(good))[1:] == (32, 32, 96, 80, None)
 
 
 def test_asks_again_until_there_are_enough(web: Web, tmp_path: Path) -> None:

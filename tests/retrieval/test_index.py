@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from retrieval.clip import ClipModel
 from retrieval.corpus import precomputed
@@ -18,7 +21,7 @@ from retrieval.index import (
     read_rows,
     search,
 )
-from retrieval.select import candidates_by_class, nearest, normalise_caption
+from retrieval.select import candidates_by_class, left_out, nearest, normalise_caption
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -79,14 +82,13 @@ def test_equal_captions_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
         assert rows.tolist() == [list(range(query, len(vectors), 7)) for query in range(number)]
 
 
-def test_unusable_rows_are_left_out_with_their_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_rows_are_left_out_with_their_embedding(tmp_path: Path) -> None:
     vectors = np.eye(5, dtype=np.float32)
     vectors[1], vectors[3, 0] = 0, np.nan
     pairs = corpus(tmp_path / "c", vectors, caption=["zero", "one", None, "three", "four"])
     index = build_index_from_embeddings(pairs, tmp_path / "index")
     assert read_rows(index, np.arange(2)).column("caption").to_pylist() == ["zero", "four"]
     assert search(index, np.eye(5, dtype=np.float32)[4:], 1)[1].tolist() == [[1]]
-    assert "3 rows of " in caplog.text
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -134,13 +136,18 @@ def test_searches_deeper_past_duplicates(tmp_path: Path) -> None:
     assert choose(tmp_path, columns, 3) == ["http://a/0", "http://a/300", "http://a/301"]
 
 
-def test_nsfw_and_block_list(tmp_path: Path) -> None:
-    columns = {"caption": list("abcd"), "nsfw": [0.1, 0.9, None, 0.2], "sha256": ["x", "y", "z", "bad"]}
-    assert choose(tmp_path, columns, 9, max_nsfw=0.5, blocked_sha256=["bad"]) == ["http://a/0"]
+def test_nsfw_and_block_list_are_counted(tmp_path: Path) -> None:
+    scores = [0.1, 0.9, None, 0.2, float("nan"), 0.1]
+    columns = {"caption": list("abcdef"), "nsfw": scores, "sha256": ["x", "y", "z", "BAD", "v", "worse"]}
+    assert choose(tmp_path, columns, 9, max_nsfw=0.5, blocked_sha256=["Bad", "WORSE"]) == ["http://a/0"]
+    (table,) = nearest(tmp_path / "index", np.array([[1, 0]], np.float32), 9, max_nsfw=0.5, blocked_sha256=["bad"])
+    assert left_out(table.schema) == {"nsfw": 1, "unscored": 2, "blocked": 1}
+    (table,) = nearest(tmp_path / "index", np.array([[1, 0]], np.float32), 9)
+    assert left_out(table.schema) == {}
 
 
 def test_by_clip_and_all_classes_at_once(clip: ClipModel, tmp_path: Path) -> None:
-    captions = [f"a {thing} {place}" for thing in ("cat", "dog", "car") for place in ("here", "there", "in a box")]
+    captions = CAPTIONS
     batch = pa.RecordBatch.from_pydict({"url": captions, "caption": captions})
     index = build_index([batch], clip.encode_text, tmp_path / "index", model=clip.digest)
     cat, dog = candidates_by_class(index, clip, ["cat", "dog"], 4)
@@ -161,13 +168,64 @@ def test_searched_in_parts_is_searched_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(merged, expected)
 
 
+def another(clip: ClipModel) -> ClipModel:
+    """Of the same width, with other weights."""
+    model = copy.deepcopy(clip.model)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.text_projection)
+    return dataclasses.replace(clip, name="another", model=model)
+
+
+CAPTIONS = [f"a {thing} {place}" for thing in ("cat", "dog", "car") for place in ("here", "there", "in a box")]
+
+
+def published(folder: Path, vectors: np.ndarray) -> list[tuple[str, str]]:
+    return corpus(folder, vectors, url=CAPTIONS, caption=CAPTIONS)
+
+
+def test_embeddings_of_another_model_are_refused(clip: ClipModel, tmp_path: Path) -> None:
+    theirs = published(tmp_path / "theirs", another(clip).encode_text(CAPTIONS))
+    where = r"theirs/text_emb/text_emb_0\.npy: these embeddings are not of the CLIP model"
+    with pytest.raises(ValueError, match=rf"{where} .*: 9 captions .* a similarity of -?0\.\d\d .* at least 0\.9"):
+        build_index_from_embeddings(theirs, tmp_path / "index", clip=clip)
+    ours = published(tmp_path / "ours", 3 * clip.encode_text(CAPTIONS).astype(np.float16))
+    with pytest.raises(ValueError, match=where):  # one file of several
+        build_index_from_embeddings(ours + theirs, tmp_path / "index", clip=clip)
+    index = build_index_from_embeddings(ours, tmp_path / "index", clip=clip)
+    assert read_header(index)["model"] == clip.digest
+    narrow = published(tmp_path / "narrow", np.ones((9, 5)))
+    with pytest.raises(ValueError, match=r"have a width of 5, those of the CLIP model .* 16\. Set retrieval\.clip"):
+        build_index_from_embeddings(narrow, tmp_path / "other", clip=clip)
+
+
 def test_another_models_index_is_refused(clip: ClipModel, tmp_path: Path) -> None:
-    index = build_index_from_embeddings(corpus(tmp_path / "c", np.eye(16)), tmp_path / "index", model="other")
+    batch = pa.RecordBatch.from_pydict({"url": CAPTIONS, "caption": CAPTIONS})
+    index = build_index([batch], clip.encode_text, tmp_path / "index", model="other")
     with pytest.raises(ValueError, match="encoded with another CLIP model"):
         candidates_by_class(index, clip, ["cat"], 1)
+    # built by earlier versions from published embeddings: of whatever model they were
+    unknown = build_index([batch], clip.encode_text, tmp_path / "unknown")
+    assert candidates_by_class(unknown, clip, ["cat"], 1)[0].num_rows == 1
+    with pytest.raises(ValueError, match="unknown: these embeddings are not of the CLIP model another"):
+        candidates_by_class(unknown, another(clip), ["cat"], 1)
     index = build_index_from_embeddings(corpus(tmp_path / "d", np.eye(5)), tmp_path / "narrow")
     with pytest.raises(ValueError, match="width 5, the CLIP model makes 16"):
         candidates_by_class(index, clip, ["cat"], 1)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", "f8", ">f8", "g"])
+def test_embeddings_of_every_float_type(tmp_path: Path, dtype: str) -> None:
+    vectors = unit(np.random.default_rng(0).standard_normal((9, 8)))
+    index = build_index_from_embeddings(published(tmp_path / "c", vectors.astype(dtype)), tmp_path / "index")
+    assert search(index, vectors, 1)[1].ravel().tolist() == list(range(9))
+
+
+def test_embeddings_cut_short_after_they_were_listed(tmp_path: Path) -> None:
+    pairs = published(tmp_path / "c", np.eye(9))
+    file = tmp_path / "c/text_emb/text_emb_0.npy"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"text_emb_0\.npy is not a readable \.npy file"):
+        build_index_from_embeddings(pairs, tmp_path / "index")
 
 
 def test_normalised_captions() -> None:

@@ -7,33 +7,36 @@ import pytest
 import torch
 from PIL import Image
 
-from training.augment import LARGE_WORDS, SMALL_WORDS, plain_view, random_view
+from training.augment import LARGE_WORDS, SMALL_WORDS, mirrored, plain_view, random_view
+from training.features import concept_features
 
 
 @pytest.mark.parametrize(("size", "factor"), [(512, 8), (64, 8)])
 def test_scales_words_and_masks(size, factor):
     image = Image.new("RGB", (size, size), (255, 255, 255))
-    kinds = {"small": 0, "plain": 0, "large": 0}
+    kinds = {"small": 0, "whole": 0, "large": 0}
     for seed in range(300):
         view = random_view(image, size, factor, np.random.default_rng(seed))
         assert view.pixels.shape == (3, size, size) and view.mask.shape == (1, size // factor, size // factor)
-        assert view.mask.sum() >= 1
         covered = view.pixels[0] > 0.5
         scale = int(covered.any(0).sum())
-        if view.words in LARGE_WORDS:
+        if not view.words:
+            # from 0.6 s to s: the whole image, nothing is pasted
+            kinds["whole"] += 1
+            assert torch.equal(view.pixels, plain_view(image, size, factor).pixels) and view.mask.all()
+        elif view.words in LARGE_WORDS:
             kinds["large"] += 1
             assert scale == size and view.mask.all()
-            continue
-        assert size // 3 <= scale <= size
-        kinds["small" if view.words else "plain"] += 1
-        assert (view.words in SMALL_WORDS) == (scale < 0.6 * size)
-        # outside the pasted image the canvas is empty, and the loss does not count there
-        assert view.pixels[:, ~covered].abs().max() == 0 if scale < size else True
-        if scale >= 3 * factor:
-            cells = covered.view(size // factor, factor, size // factor, factor).all(3).all(1)
-            assert not (view.mask[0].bool() & ~cells).any()
-    assert 0.25 < kinds["large"] / 300 < 0.42
-    assert kinds["small"] > 40 and kinds["plain"] > 40
+        else:
+            kinds["small"] += 1
+            assert view.words in SMALL_WORDS and size // 3 <= scale < 0.6 * size and view.mask.sum() >= 1
+            # outside the pasted image the canvas is empty, and the loss does not count there
+            assert view.pixels[:, ~covered].abs().max() == 0
+            if scale >= 3 * factor:
+                cells = covered.view(size // factor, factor, size // factor, factor).all(3).all(1)
+                assert not (view.mask[0].bool() & ~cells).any()
+    expected = {"small": 2 / 3 * 0.4, "whole": 2 / 3 * 0.6, "large": 1 / 3}
+    assert all(abs(kinds[kind] / 300 - share) < 0.08 for kind, share in expected.items()), kinds
 
 
 def test_mask_keeps_one_cell_from_a_pasted_edge():
@@ -56,3 +59,28 @@ def test_plain_view_is_the_centre_square():
     view = plain_view(image, 64, 8)
     assert view.words == "" and view.mask.all()
     assert torch.allclose(view.pixels.mean((1, 2)), torch.tensor([-1.0, -1.0, 1.0]), atol=0.05)
+
+
+def test_mirrored_views_are_views_mirrored():
+    image = Image.new("RGB", (64, 64), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 20, 64))
+    view = random_view(image, 64, 8, np.random.default_rng(3))
+    other = mirrored(view)
+    assert other.words == view.words
+    assert torch.equal(other.pixels.flip(-1), view.pixels) and torch.equal(other.mask.flip(-1), view.mask)
+
+
+def test_flip_mirrors_half_of_the_views(backbone):
+    image = Image.new("RGB", (64, 64), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 20, 64))
+    drawn = {}
+    for flip in (False, True):
+        made = concept_features(backbone, [image], ["1" * 40], views=24, augment=True, seed=0, flip=flip)
+        large = [i for i, words in enumerate(made.words) if words in LARGE_WORDS or not words]
+        pixels = backbone.pipe.vae.decode(made.latents[large] / backbone.pipe.vae.config.scaling_factor).sample
+        blue = pixels[:, 2] - pixels[:, 0]
+        drawn[flip] = (blue[..., :20].mean((1, 2)) > blue[..., 44:].mean((1, 2))).tolist()
+    assert all(drawn[False])  # the blue edge is on the left
+    assert 0.25 < sum(drawn[True]) / len(drawn[True]) < 0.75
+    plain = concept_features(backbone, [image], ["1" * 40], views=1, augment=False, seed=0, flip=True)
+    assert len(plain.latents) == 2

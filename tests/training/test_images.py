@@ -103,6 +103,20 @@ def test_folder_file_and_pattern(tmp_path: Path) -> None:
     assert list_images(f"{folder}/notes.txt") == [tmp_path / "notes.txt"]
 
 
+def test_folders_and_dead_links_are_said(tmp_path: Path) -> None:
+    for name in ("winter", "summer"):
+        (tmp_path / "cat" / name).mkdir(parents=True)
+        photo().save(tmp_path / "cat" / name / "a.png")
+    with pytest.raises(
+        ValueError, match=r"its 2 folders are not searched \(a pattern like 'cat/\*\*/\*' searches them"
+    ):
+        list_images(str(tmp_path / "cat"))
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(ValueError, match=r"gone\.jpg: cannot be read: a link that leads nowhere"):
+        load_images(str(tmp_path))
+    assert "a link that leads nowhere" in reason(tmp_path, "gone.jpg")
+
+
 def test_nothing_found_names_the_place(tmp_path: Path) -> None:
     photo().save(tmp_path / "a.png")
     for place, what in [("missing", "no such file"), ("*.jpg", "no such file"), ("empty", "holds no files")]:
@@ -150,7 +164,7 @@ def test_corrupt_data(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "bad.png").read_bytes())
     data[80:120] = b"\xff" * 40
     (tmp_path / "bad.png").write_bytes(data)
-    assert "cannot be used" in reason(tmp_path, "bad.png")
+    assert "not a whole image" in reason(tmp_path, "bad.png")
 
 
 def test_not_an_image_though_it_claims_to_be(tmp_path: Path) -> None:
@@ -178,14 +192,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])  # over our limit, Pillow's warning, Pillow's error
-def test_decompression_bomb_is_refused_by_its_header(
-    tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decompression_bomb_is_refused_by_its_header(tmp_path: Path, side: int) -> None:
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     assert "too large" in reason(tmp_path, "bomb.png")
-    # also where another library has switched Pillow's check off
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert f"{side} x {side} pixels" in reason(tmp_path, "bomb.png")
 
 
 def test_very_small(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from training.backbone import Backbone, TokenRows
+from training.checkpoint import load_tensors, save_tensors
 from training.features import ConceptFeatures
 from training.loop import train
 from training.pack import StackedLinear
@@ -76,6 +78,74 @@ def test_resumed_is_uninterrupted(backbone, concepts, settings, tmp_path, optimi
     assert torch.equal(resumed.tokens["<new1>"][0], whole.tokens["<new1>"][0])
 
 
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _blank_end(file: Path) -> None:
+    """As some file systems leave it after a power failure: of the right length, but never written."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1000] + bytes(1000))
+
+
+def _foreign(file: Path) -> None:
+    save_tensors(file, {"x": torch.zeros(2)})
+
+
+def _other_shape(file: Path) -> None:
+    tensors, metadata = load_tensors(file)
+    name = next(name for name in tensors if name.startswith("weight."))
+    save_tensors(file, tensors | {name: tensors[name][:1]}, {"losses": metadata["losses"]})
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_empty, _cut, _blank_end, _foreign, _other_shape, _folder])
+def test_a_damaged_checkpoint(backbone, concepts, settings, tmp_path, caplog, damage):
+    """The one before is taken; where that is damaged, too, the training begins again."""
+    settings = dataclasses.replace(settings, steps=3, checkpoint_every=1)
+    whole = train_alone(backbone, concepts[:1], settings, scratch=tmp_path)
+    last, older = tmp_path / "checkpoint.safetensors", tmp_path / "checkpoint-older.safetensors"
+    done: list[int] = []
+
+    def resumed() -> list[int]:
+        done.clear()
+        made = train_alone(
+            backbone, concepts[:1], settings, scratch=tmp_path, progress=lambda _, step, __: done.append(step)
+        )
+        assert made.metadata == whole.metadata
+        assert all(torch.equal(made.deltas[k], whole.deltas[k]) for k in whole.deltas)
+        return done
+
+    assert resumed() == [] and not caplog.records
+    damage(last)
+    assert resumed() == [3]
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and f"cat: {last} cannot be used" in caplog.text
+    damage(last), damage(older)
+    assert resumed() == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_its_own_member_s(backbone, same_weights, concepts, settings, tmp_path):
+    """The others of the pack go on from theirs."""
+    settings = dataclasses.replace(settings, steps=3, checkpoint_every=1)
+    members = _members(concepts, settings, tmp_path)
+    whole = {member.concepts[0].name: result for member, result in train(backbone, members)}
+    for file in members[0].scratch.glob("checkpoint*"):
+        _empty(file)
+    done: list[tuple[str, int]] = []
+    again = train(backbone, members, progress=lambda member, step, _: done.append((member.concepts[0].name, step)))
+    for member, result in list(again):
+        same_weights(result, whole[member.concepts[0].name])
+    assert [step for name, step in done if name == "c0"] == [1, 2, 3] and not [name for name, _ in done if name == "c1"]
+
+
 class _Watched(Single):
     """Sees which gradients are there when those of a step are to be made."""
 
@@ -129,6 +199,13 @@ def test_nan_stops_and_keeps_the_checkpoint(backbone, concepts, settings, tmp_pa
     assert not any(p.requires_grad for p in backbone.unet.parameters())
 
 
+def test_weights_that_are_no_numbers_after_the_last_step(backbone, concepts, settings, tmp_path):
+    """No loss says so any more."""
+    wild = dataclasses.replace(settings, steps=1, learning_rate=1e39)
+    with pytest.raises(TrainingDiverged, match=r"cat: a weight is no finite number after step 1; .*learning_rate"):
+        train_alone(backbone, concepts[:1], wild, scratch=tmp_path)
+
+
 def test_known_tokens_and_long_initializers_are_refused(backbone, concepts, settings, tmp_path):
     known = dataclasses.replace(concepts[0], token="cat")
     with pytest.raises(ValueError, match="'cat': the base model's tokenizer knows it already"):
@@ -151,25 +228,26 @@ def test_begin_of_text_takes_no_gradient():
 
 def test_token_rows_leave_the_table_alone(backbone):
     table = backbone.text_encoders[0].get_input_embeddings()
-    rows = TokenRows(table, torch.ones(2, table.embedding_dim))
-    ids = torch.tensor([[5, table.num_embeddings + 1, 7]])
-    out = rows(ids)
+    ids = [table.num_embeddings + 3, 6]  # a table may be longer than the tokenizer, or the ids have gaps
+    rows = TokenRows(table, torch.ones(2, table.embedding_dim), ids)
+    out = rows(torch.tensor([[5, 6, 7]]))
     assert torch.equal(out[0, 0], table.weight[5]) and torch.equal(out[0, 2], table.weight[7])
     out.sum().backward()
     assert table.weight.grad is None
     assert rows.rows.grad[1].eq(1).all() and rows.rows.grad[0].eq(0).all()
 
 
-def test_logs_and_samples(backbone, concepts, settings, tmp_path):
+@pytest.mark.parametrize(("every", "steps"), [(3, [3, 4]), (None, [])])
+def test_logs_and_samples(backbone, concepts, settings, tmp_path, every, steps):
     drawn: list[int] = []
     train_alone(
         backbone,
         concepts[:1],
-        dataclasses.replace(settings, sample_every=3),
+        dataclasses.replace(settings, steps=4, sample_every=every),
         scratch=tmp_path,
         sample=lambda _, path, step: (drawn.append(step), Image.new("RGB", (8, 8)).save(path))[0],
     )
-    assert drawn == [3, 6]
+    assert drawn == steps
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.sampling import draw
-from training.backbone import Backbone, check_base
+from training.backbone import Backbone
+from training.base import check_base
 from training.loop import train
 from training.methods import METHODS
 from training.run import Member, TrainingDiverged
@@ -193,10 +194,10 @@ def test_new_categories_and_new_tokens_share_a_pack(backbone, same_weights, conc
 def test_dreambooth_takes_a_word_of_the_tokenizer():
     from pipeline.spec import MINIATURE
 
-    base = check_base(MINIATURE / "model")
-    base.check_rare("pll")
+    words = check_base(MINIATURE / "model").words
+    words.check_rare("pll")
     with pytest.raises(ValueError, match=r"token 'zzyzx': .*as one token, this one is \d"):
-        base.check_rare("zzyzx")
+        words.check_rare("zzyzx")
 
 
 # --- what is refused -------------------------------------------------------------------------------------

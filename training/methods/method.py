@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 UNetPart = Literal["none", "text_kv", "cross_attention", "all"]
-"""Parts of a UNet, found by what they are: `training.backbone.unet_parameters`."""
+"""Parts of a UNet, found by what they are: `training.parts.unet_parameters`."""
 
 RARE_WORDS = ("pll", "ucd", "ktn")
 """Rarely used tokens that new rows start from, in turn, and that DreamBooth's concepts go by (the Custom Diffusion
