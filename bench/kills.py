@@ -138,10 +138,10 @@ def content(path: Path) -> Any:
         return [hashlib.sha256(uri.encode()).hexdigest() for uri in re.findall(r"data:image/webp[^\"]*", text)] + [
             text.rstrip().endswith("</html>")
         ]
-    if path.name in ("manifest.json", "summary.json"):
+    if path.name in ("manifest.json", "summary.json", "latest.json"):
         try:
             values = json.loads(data)
-            seconds = {"seconds", "seconds_per_kind", "seconds_total", "created", "sum"}
+            seconds = {"seconds", "seconds_per_kind", "seconds_total", "created", "sum", "time", "signature"}
             values = {key: value for key, value in values.items() if key not in seconds}
             if "files" in values:
                 values["files"] = {k: v for k, v in values["files"].items() if not k.startswith("tensorboard/")}
@@ -250,6 +250,7 @@ def in_child(act: Callable[[], None], folder: Path, *, die_at: int = 0, most_byt
         os.dup2(say, 1), os.dup2(say, 2)
         for descriptor in (said, counted, say):
             os.close(descriptor)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = 0
         try:
             _count_operations(str(folder), die_at, count)
@@ -427,7 +428,7 @@ def small_acts(work: Path) -> Iterator[Act]:
     class Bucket(DirFileSystem):
         """A folder that is not known for one."""
 
-        protocol = "bucket"
+        protocol = "s3"  # a storage that places may name; nothing is sent anywhere
 
         def __init__(self, **options: Any) -> None:
             super().__init__(path=str(work / "crash"), fs=LocalFileSystem(auto_mkdir=True), **options)
@@ -436,7 +437,7 @@ def small_acts(work: Path) -> Iterator[Act]:
             whole = super()._join(path)
             return f"{whole}/" if isinstance(path, str) and path.endswith("/") else whole  # copies what is in it
 
-    fsspec.register_implementation("bucket", Bucket)
+    fsspec.register_implementation("s3", Bucket, clobber=True)
     key = work / "key.pem"
     in_child(lambda: _write_key(key), work)
 
@@ -444,7 +445,7 @@ def small_acts(work: Path) -> Iterator[Act]:
         return str(work / "crash" / name)
 
     def remote(name: str) -> str:
-        return f"bucket://{name}"
+        return f"s3://{name}"
 
     for place in (local, remote):
         is_bucket = place is remote
@@ -698,9 +699,11 @@ class Run:
             (control / folder).mkdir(exist_ok=True)
         names["PYTHONPATH"] = f"{control}:{ROOT}"
         self.code: int | None = None
+        sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
         if self.pid:
             return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         os.chdir(place)
         os.environ |= names
@@ -738,12 +741,21 @@ class Run:
                 continue
             with contextlib.suppress(OSError, IndexError):
                 pid, folder = int(entry.name), Path(entry.path)
-                mine = pid == self.pid or marker in (folder / "environ").read_bytes().split(b"\0")
-                if (mine or os.getsid(pid) == self.pid) and (folder / "stat").read_text().rsplit(")")[-1].split()[
-                    0
-                ] != "Z":
+                own = (
+                    self.code is None and os.getsid(pid) == self.pid
+                )  # once it was reaped, its number may be another's
+                state = (folder / "stat").read_text().rsplit(")")[-1].split()[0]
+                if state != "Z" and (own or marker in (folder / "environ").read_bytes().split(b"\0")):
                     found[pid] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         return found
+
+    def end(self) -> None:
+        """Kill all that live."""
+        while left := self.processes():
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.poll()
 
     def stage(self) -> str:
         """What its workers are at, or else its last file operation."""
@@ -788,6 +800,7 @@ class Campaign:
         self.work, self.place, self.tally, self.rng = work, place, tally, rng
         self.control = work / "c"
         self.starts = 0
+        self.last: Run | None = None
 
     def fresh(self, job: Job) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
@@ -805,7 +818,7 @@ module.watch()
 
     def undisturbed(self, job: Job) -> None:
         """Run a job whole and keep what it made."""
-        run = Run(job, self.place, self.control, fresh=False)
+        self.last = run = Run(job, self.place, self.control, fresh=False)
         code = run.wait(900)
         if code:
             raise RuntimeError(f"{job.name}, undisturbed, ended with {code}:\n{run.output.read_text()}")
@@ -818,10 +831,8 @@ module.watch()
 
     def state(self) -> Snapshot:
         """What the job made, and what lies in the folder for temporary files."""
-        temporary = collections.Counter(
-            re.sub(r"[A-Za-z0-9_]{8}$", "*", path.name) for path in (self.control / "tmp").iterdir()
-        )
-        return snapshot(self.place) | {f"temporary: {name} ({count})": None for name, count in temporary.items()}
+        temporary = {re.sub(r"tmp[a-z0-9_]{8}", "*", path.name) for path in (self.control / "tmp").iterdir()}
+        return snapshot(self.place) | {f"temporary: {name}": None for name in temporary}
 
     def chain(self, job: Job, until: float, most: int) -> None:
         """From the start to an undisturbed end, with kills between."""
@@ -831,7 +842,7 @@ module.watch()
         while code != 0 and failed < 3:
             self.starts += 1
             calm = killed >= 8 or self.tally.kills >= most or time.monotonic() > until
-            run = Run(job, self.place, self.control, fresh=self.starts % 4 == 0)
+            self.last = run = Run(job, self.place, self.control, fresh=self.starts % 4 == 0)
             before = killed
             code, killed = self.life(job, run, killed, calm, most)
             text = run.output.read_text(errors="replace")
@@ -884,16 +895,12 @@ module.watch()
                 victims = [p for p, title in pids.items() if re.search(r"/(gcs_server|raylet)\b", title.split(" ")[0])]
                 kind = kind if victims else "all"
             victim = self.rng.choice(victims) if kind in ("worker", "ray") else run.pid
-            what = pids.get(victim, "")[:60] if kind in ("worker", "ray") else ""
+            what = Path(pids[victim].split(" --")[0]).name if kind in ("worker", "ray") else ""
             stage = run.stage()
             self.tally.kills += 1
             killed += 1
             if kind == "all":
-                while pids := run.processes():
-                    for pid in pids:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                    run.poll()
+                run.end()
             else:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, getattr(signal, kind, signal.SIGKILL))
@@ -909,7 +916,7 @@ module.watch()
             if code is None:
                 self.tally.found("exits", line, f"still there after {WAIT:.0f} s")
                 self.keep(run, "hangs")
-                self.end(run)
+                run.end()
                 return -signal.SIGKILL, killed
             expected = ENDED_BY.get(kind, (0, 2) if kind == "ray" else (0, -signal.SIGKILL))
             if code not in expected:
@@ -920,7 +927,7 @@ module.watch()
         if code is None:
             self.tally.found("exits", job.name, "does not end")
             self.keep(run, "hangs")
-            self.end(run)
+            run.end()
         elif code and workers:
             self.tally.found("exits", f"kill {self.tally.kills}", f"a worker was killed: ended with {code}")
             self.keep(run, f"worker-{code}")
@@ -952,15 +959,7 @@ module.watch()
             time.sleep(0.1)
         for title in left.values():
             self.tally.found("leftovers", where, f"process {title[:80]}")
-        self.end(run)
-
-    def end(self, run: Run) -> None:
-        while left := run.processes():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            run.poll()
-            time.sleep(0.02)
+        run.end()
 
 
 def _checkpoints(operations: list[str]) -> collections.Counter[str]:
@@ -989,21 +988,26 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="k-"))  # short: the names of Ray's sockets have room for 107 letters
     place, tally, rng = work / "run", Tally(), random.Random(arguments.seed)
     campaign = Campaign(work, place, tally, rng)
-    batch, retraining = write_jobs(work, place)
-    campaign.fresh(batch)
-    campaign.undisturbed(batch)
-    campaign.fresh(retraining)
-    campaign.undisturbed(retraining)  # the first night
-    shutil.rmtree(retraining.start)
-    shutil.copytree(place, retraining.start)
-    shutil.rmtree(retraining.made)
-    (retraining.start / "catalogue/cow/concept.yaml").write_text("class_word: cow\n")
-    campaign.fresh(retraining)
-    campaign.undisturbed(retraining)
-    share = (end - time.monotonic()) / (4 if arguments.kills else 1)
-    crash_points(work, place, (batch, retraining), tally, share, arguments.seed)
-    while time.monotonic() < end and tally.kills < arguments.kills:
-        campaign.chain(rng.choice([batch, retraining]), end, arguments.kills)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        batch, retraining = write_jobs(work, place)
+        campaign.fresh(batch)
+        campaign.undisturbed(batch)
+        campaign.fresh(retraining)
+        campaign.undisturbed(retraining)  # the first night
+        shutil.rmtree(retraining.start)
+        shutil.copytree(place, retraining.start)
+        shutil.rmtree(retraining.made)
+        (retraining.start / "catalogue/cow/concept.yaml").write_text("class_word: cow\n")
+        campaign.fresh(retraining)
+        campaign.undisturbed(retraining)
+        share = (end - time.monotonic()) / (4 if arguments.kills else 1)
+        crash_points(work, place, (batch, retraining), tally, share, arguments.seed)
+        while time.monotonic() < end and tally.kills < arguments.kills:
+            campaign.chain(rng.choice([batch, retraining]), end, arguments.kills)
+    finally:
+        if campaign.last:
+            campaign.last.end()
     for said, count in tally.said.most_common():
         print(f"{count:5} x {said}")
     if (work / "outputs").exists():
