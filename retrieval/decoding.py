@@ -99,7 +99,7 @@ class _Decoders:
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "retrieval.decoding", str(DECODE_SECONDS)],
                 cwd=Path(__file__).parents[1],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())

@@ -97,7 +97,9 @@ def build_index_from_embeddings(
         ValueError: there are no usable rows, the files differ in width, a file's embeddings are not those of `clip`, or
             `out` is there already.
     """
-    return _write([_embedding_blocks(*pair, clip) for pair in pairs], Path(out), clip and clip.digest, shard_rows)
+    return _write(
+        [_embedding_blocks(*pair, clip) for pair in pairs], Path(out), clip.digest if clip else None, shard_rows
+    )
 
 
 def check_model(clip: ClipModel, captions: list[str], cosines: Callable[[np.ndarray], np.ndarray], where: str) -> None:
