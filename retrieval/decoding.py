@@ -7,6 +7,7 @@ run in a process of their own, which starts with the first image, ends with ours
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -76,7 +77,7 @@ class _Decoders:
     def decode(self, data: bytes) -> Decoded:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._start()
+                self._process = self._start()
             try:
                 self._connection.send_bytes(data)
                 reply = json.loads(self._connection.recv_bytes())
@@ -89,20 +90,21 @@ class _Decoders:
             except ValueError:
                 raise
             except BaseException:  # such as Ctrl-C: what comes next must not get this image's answer
+                self._process.kill()
                 self._end()
                 raise
         return Decoded(image, tuple(reply["size"]), reply["notes"])
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
         with theirs:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "retrieval.decoding", str(DECODE_SECONDS)],
                 cwd=Path(__file__).parents[1],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
             )
-        self._connection = Connection(ours.detach())
 
     def _end(self) -> Exception:
         """End the process, and say why it ended if it has done so by itself."""
@@ -124,10 +126,7 @@ def _serve(connection: Connection, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever C code it is in
     while True:
-        try:
-            data = connection.recv_bytes()
-        except EOFError:
-            return
+        data = connection.recv_bytes()
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             decoded = read(data)
@@ -218,4 +217,5 @@ def _on_white(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 if __name__ == "__main__":
-    _serve(Connection(0), float(sys.argv[1]))
+    with contextlib.suppress(EOFError, ConnectionError):  # the process that asks has ended
+        _serve(Connection(0), float(sys.argv[1]))

@@ -399,6 +399,10 @@ def _outside(folder: Path) -> None:
         (_change(prompt=None), "row 0 has an empty field"),
         (_change(seed=1, prompt=PROMPTS[1]), "two images of method 'custom-diffusion'"),
         (lambda f: (f / "custom-diffusion/tabby/0.png").write_bytes(b"\x89PNG\r\n\x1a\n0000"), "0.png: not an image"),
+        (
+            lambda f: Image.new("RGB", (9, 9)).save(f / "custom-diffusion/tabby/0.png", "EPS"),
+            "0.png: .* not one of PNG",
+        ),
         (lambda f: shutil.rmtree(f / "concepts/pot"), "no images at .*concepts/pot'"),
         (lambda f: _change(**dict(method="other"))(f) or _only(f, 1), "images of two methods or more"),
         (lambda f: (f / "answers.sqlite").write_text("no database, but a text"), "not a database of answers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import threading
 import time
 
@@ -44,6 +45,18 @@ def test_crash_is_refused_and_the_next_is_decoded(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"crashes its decoder \(SIGKILL\)"):
         decode(endless(500))
     assert decode(encoded(picture(2))).size == (96, 80)
+
+
+def test_interrupted_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_DECODERS", decoding._Decoders())
+    decode(encoded(picture(1)))
+    signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        decode(endless(30_000))
+    assert time.monotonic() - start < 3
+    assert decode(encoded(picture(1, (41, 42)))).size == (41, 42)
 
 
 def test_threads_get_their_own_images() -> None:
