@@ -18,7 +18,7 @@ from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path
 from pipeline.store import Store, content_key, file_digest
-from retrieval.clip import clip_digest
+from retrieval.clip import check_clip, clip_digest
 from retrieval.corpus import corpus_digest, precomputed, read_corpus
 from training.augment import SIZE_WORDS
 from training.base import Base, base_digest, check_base
@@ -153,6 +153,11 @@ def make_plan(batch: ConceptBatch) -> Plan:
         return stage
 
     _check_steps(batch, shape)
+    for key, model in _clips(batch).items():
+        try:
+            check_clip(clip_path(model))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     problems = _check_words(batch, shape.words)
     digests: dict[str, list[str]] = {}
     for concept in batch.concepts:
@@ -169,8 +174,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
 
     index = None
     blocked = _lines(retrieval.block_list)
-    clip = {"clip": clip_digest(clip_path(retrieval.clip))}
     if training.regularization == "real":
+        clip = {"clip": clip_digest(clip_path(retrieval.clip))}
         index = add(
             Stage(
                 "index",
@@ -290,6 +295,11 @@ _PLACES: dict[str, Any] = {
     "merge": {"partial"},
 }
 """What of a batch says where or how, not what: no part of a release."""
+
+
+def _clips(batch: ConceptBatch) -> dict[str, str]:
+    own = {"retrieval.clip": batch.retrieval.clip} if batch.training.regularization == "real" else {}
+    return own | {"evaluation.clip": batch.evaluation.clip}
 
 
 def _check_steps(batch: ConceptBatch, shape: Base) -> None:

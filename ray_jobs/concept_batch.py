@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from pipeline.estimate import Device, pack_size, stage_bytes
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
+from pipeline.ready import check_ready
 from pipeline.release.publish import publish
 from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
@@ -97,9 +98,9 @@ def build(plan: Plan, store: Store) -> tuple[Plan, list[str]]:
     """Do the stages of a plan that are not done yet.
 
     Returns: the plan that was carried out, and what failed where `merge.partial` allows to go on with the rest.
-    Raises: StageFailed naming every stage that failed, where it does not.
+    Raises: StageFailed naming every stage that failed, where it does not; ValueError as `check_ready`.
     """
-    for note in plan.notes:
+    for note in (*plan.notes, *check_ready(plan, store)):
         print(f"note: {note}", file=sys.stderr)
     if not plan.todo(store):
         return plan, []
