@@ -34,20 +34,23 @@ def write_base(folder: Path) -> None:
     of which nothing is written."""
     with torch.device("meta"):
         pipe = shapes.stable_diffusion().pipe
-    folder.mkdir()
-    (folder / "model_index.json").write_text("{}")
-    for name, write in (
-        ("unet", pipe.unet.save_config),
-        ("vae", pipe.vae.save_config),
-        ("text_encoder", pipe.text_encoder.config.save_pretrained),
+    pipe.save_config(folder)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    for name, write, stem in (
+        ("unet", pipe.unet.save_config, "diffusion_pytorch_model"),
+        ("vae", pipe.vae.save_config, "diffusion_pytorch_model"),
+        ("text_encoder", pipe.text_encoder.config.save_pretrained, "model"),
     ):
         write(folder / name)
-        numbers = sum(p.numel() for p in getattr(pipe, name).parameters())
-        described = {"all": {"dtype": "F16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}
+        described, end = {}, 0
+        for key, tensor in getattr(pipe, name).state_dict().items():
+            start, end = end, end + 2 * tensor.numel()
+            described[key] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
         header = json.dumps(described).encode()
-        with (folder / name / "model.safetensors").open("wb") as file:
+        with (folder / name / f"{stem}.safetensors").open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + 2 * numbers)
+            file.truncate(8 + len(header) + end)
 
 
 def main() -> None:

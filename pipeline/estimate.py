@@ -82,6 +82,8 @@ class ModelSize:
     text_width: int
     latent_numbers: int
     """Of one image."""
+    text_numbers: int
+    """Of the text features of one caption."""
     pixels: int
     """Side of an image."""
 
@@ -188,6 +190,23 @@ def _estimate(stage: Stage, plan: Plan, model: ModelSize, speed: float, cuda: bo
     return Estimate(None, None)
 
 
+def disk_bytes(plan: Plan, stages: Sequence[Stage]) -> float:
+    """What stages leave in the store, at least: latents, text features, weights, and the checkpoint of a training."""
+    model, settings = _size_of(plan), plan.batch.training
+    view = 4.0 * model.latent_numbers
+    regularization = view + 4.0 * model.text_numbers
+    total = 0.0
+    for stage in stages:
+        if stage.kind == "features":
+            total += len(stage.params["images"]) * max(1, stage.params["views"]) * view
+            total += sum(source.params["images"] for source in stage.inputs) * regularization
+        elif stage.kind == "train":
+            total += 4.0 * model.trained
+    if any(stage.kind == "train" for stage in stages):
+        total += (4 + AVERAGES[settings.optimizer]) * model.trained
+    return total
+
+
 @functools.cache  # else a hub's model is looked up there each time
 def model_size(
     base: str,
@@ -284,6 +303,7 @@ def _measure(base: Base, part: UNetPart, train_text_encoder: bool, gradient_chec
         live.peak,
         width,
         latents.numel(),
+        text.numel(),
         pixels,
     )
 

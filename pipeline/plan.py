@@ -22,7 +22,7 @@ from pipeline.reading import read_lines, read_written, shown
 from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path, public_name
 from pipeline.store import Store, content_key, file_digest
-from retrieval.clip import clip_digest
+from retrieval.clip import check_clip, clip_digest
 from retrieval.corpus import check_corpus, corpus_digest, precomputed
 from training.augment import SIZE_WORDS, WHOLE_FROM
 from training.base import Base, base_digest, check_base
@@ -157,6 +157,11 @@ def make_plan(batch: ConceptBatch) -> Plan:
         return stage
 
     _check_steps(batch, shape)
+    for key, model in _clips(batch).items():
+        try:
+            check_clip(clip_path(model, batch.folder))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     problems = _check_words(batch, shape.words)
     digests: dict[str, list[str]] = {}
     for concept in batch.concepts:
@@ -176,8 +181,8 @@ def make_plan(batch: ConceptBatch) -> Plan:
     if blocked:
         notes.append(f"{retrieval.block_list}: {len(blocked)} images are never used")
     clip_place = clip_path(retrieval.clip, batch.folder)
-    clip = {"clip": clip_digest(clip_place)}
     if training.regularization == "real":
+        clip = {"clip": clip_digest(clip_place)}
         index = add(
             Stage(
                 "index",
@@ -309,6 +314,11 @@ def public_spec(batch: ConceptBatch) -> dict[str, Any]:
         spec[section]["clip"] = public_name(spec[section]["clip"])
     spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
     return spec
+
+
+def _clips(batch: ConceptBatch) -> dict[str, str]:
+    own = {"retrieval.clip": batch.retrieval.clip} if batch.training.regularization == "real" else {}
+    return own | {"evaluation.clip": batch.evaluation.clip}
 
 
 def _check_steps(batch: ConceptBatch, shape: Base) -> None:

@@ -156,6 +156,7 @@ def plan(
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
     from pipeline.estimate import estimates, pack_bytes, pack_size
     from pipeline.plan import make_plan
+    from pipeline.ready import check_ready
     from pipeline.store import Store
 
     if not cluster and (concepts or captions):
@@ -173,6 +174,7 @@ def plan(
         print("\n".join(describe(phases, packed, nodes)))
         return
     store, device = Store(batch.store_url), _this_device()
+    notes = [*made.notes, *check_ready(made, store)]
     cost = estimates(made, cuda=device.cuda)
     print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {masked(batch.store_url)}")
     print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
@@ -189,7 +191,7 @@ def plan(
             f"{'' if estimate.seconds is None else f'{estimate.seconds:.0f}':>9} "
             f"{'' if estimate.gib is None else f'{estimate.gib:.2f}':>7}  {stage.key}"
         )
-    for note in made.notes:
+    for note in notes:
         print(f"note: {note}")
     ranks, has = batch.training.ranks, device.memory / 2**30
     if trainings := [stage for stage in made.todo(store) if stage.kind == "train"]:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from pipeline.estimate import Device, pack_size, stage_bytes
 from pipeline.places import masked
 from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
+from pipeline.ready import check_ready
 from pipeline.release.hub import push
 from pipeline.release.manifest import public
 from pipeline.release.publish import publish
@@ -150,9 +151,9 @@ def build(plan: Plan, store: Store, limits: Limits) -> tuple[Plan, list[str]]:
     """Do the stages of a plan that are not done yet.
 
     Returns: the plan that was carried out, and what failed where `merge.partial` allows to go on with the rest.
-    Raises: StageFailed naming every stage that failed, where it does not; OutOfTime.
+    Raises: StageFailed naming every stage that failed, where it does not; ValueError as `check_ready`; OutOfTime.
     """
-    for note in plan.notes:
+    for note in (*plan.notes, *check_ready(plan, store)):
         print(f"note: {note}", file=sys.stderr)
     if not plan.todo(store):
         return plan, []

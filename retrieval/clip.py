@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
@@ -77,6 +78,61 @@ def clip_digest(model: str) -> str:
     return total.hexdigest()
 
 
+@functools.lru_cache(maxsize=8)
+def check_clip(model: str) -> None:
+    """See that a CLIP model can be had, without loading it; what only has a name is downloaded, if need be.
+
+    Raises:
+        ValueError: the name is unknown, the weights cannot be had, or a directory lacks a file or has a broken one.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        config, weights = folder / "open_clip_config.json", sorted(folder.glob("*.safetensors"))
+        if not config.is_file() or not weights:
+            found = sorted(path.name for path in folder.iterdir())
+            raise ValueError(
+                f"CLIP directory {model} needs open_clip_config.json and a .safetensors file; found {found}"
+            )
+        place = config
+        try:
+            described = json.loads(config.read_text(encoding="utf-8"))
+            if not isinstance(described, dict) or "model_cfg" not in described:
+                raise ValueError("model_cfg is missing")
+            if "trust_remote_code" in json.dumps(described):  # open_clip would hand it on to the tokenizer
+                raise ValueError("it asks for code of its own to be run (trust_remote_code); take that out")
+            for place in weights:
+                safe_open(place, framework="pt")
+        except (ValueError, OSError, SafetensorError) as error:  # a pointer of Git LFS, too
+            raise ValueError(f"CLIP directory {model}: {place.name} is not whole: {error}") from None
+        return
+    if model.startswith((".", "/")):
+        raise ValueError(f"CLIP directory {model}: not there")
+    import open_clip  # takes seconds
+
+    try:
+        if model.startswith("hf-hub:"):
+            open_clip.factory.download_pretrained_from_hf(model.removeprefix("hf-hub:"))
+            return
+        name, tag = _named(model)
+        open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+    except (RuntimeError, OSError) as error:  # FileNotFoundError for what the hub does not give
+        raise ValueError(f"CLIP model {model!r} cannot be had: {error}") from None
+
+
+def _named(model: str) -> tuple[str, str]:
+    """Name and pretrained tag. Raises: ValueError for what open_clip does not know."""
+    import open_clip
+
+    name, _, tag = model.partition("/")
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in known:
+        choices = f"its pretrained tags are {known}" if known else "open_clip does not know that name"
+        raise ValueError(
+            f"CLIP model {model!r}: {choices}. Give <name>/<pretrained tag>, hf-hub:<name>, or a local directory."
+        )
+    return name, tag
+
+
 def load_clip(model: str) -> ClipModel:
     """Load a CLIP model, on CUDA when there is one.
 
@@ -96,13 +152,7 @@ def load_clip(model: str) -> ClipModel:
     elif model.startswith("hf-hub:"):
         name, tag = model, None
     else:
-        name, _, tag = model.partition("/")
-        known = open_clip.list_pretrained_tags_by_model(name)
-        if tag not in known:
-            choices = f"its pretrained tags are {known}" if known else "open_clip does not know that name"
-            raise ValueError(
-                f"CLIP model {model!r}: {choices}. Give <name>/<pretrained tag>, hf-hub:<name>, or a local directory."
-            )
+        name, tag = _named(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network, _, transform = open_clip.create_model_and_transforms(

@@ -86,11 +86,21 @@ class _Handler(BaseHTTPRequestHandler):
         if "/resolve/" in self.path:
             _, owner, name, _, revision, path = unquote(urlsplit(self.path).path).split("/", 5)
             return self.file(self.server.repositories[f"{owner}/{name}"].tags[revision].get(path))
+        if self.path == "/api/whoami-v2":
+            known = self.headers.get("Authorization") == f"Bearer {self.server.token}"
+            user = {"name": "me", "orgs": [{"name": "ours"}], "auth": {"accessToken": {"role": "write"}}}
+            return self.answer(user if known else {"error": "Invalid credentials"}, 200 if known else 401)
         name = "/".join(urlsplit(self.path).path.removeprefix("/api/models/").split("/")[:2])
         if name not in self.server.repositories:
-            return self.answer({"error": "Repository not found"}, 404)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         repo, rest = self.repository()
-        if rest == ["refs"]:
+        if rest[0] == "auth-check":
+            allowed = self.headers.get("Authorization") == f"Bearer {self.server.token}"
+            self.answer({} if allowed else {"error": "not yours"}, 200 if allowed else 403)
+        elif rest == ["refs"]:
             tags = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": "0" * 40} for t in repo.tags]
             self.answer({"branches": [], "converts": [], "tags": tags})
         elif rest[0] == "tree":

@@ -79,8 +79,9 @@ def _checked(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Base:
     two = bool(_class_of(index, "text_encoder_2"))
     parts = [part for part in PARTS if two or not part.endswith("_2")]
     _check_kinds(index, parts)
+    unet = _unet(_json(folder / "unet" / "config.json"))
     configs = {part: _json(folder / part / "config.json") for part in parts if _is_model(part)}
-    unet, vae = _unet(configs["unet"]), configs["vae"]
+    vae = configs["vae"]
     _check_channels(unet.config.in_channels, vae.get("latent_channels", 4))
     encoders = {part: CLIPTextConfig.from_dict(config) for part, config in configs.items() if "encoder" in part}
     width = sum(encoder.hidden_size for encoder in encoders.values())

@@ -236,6 +236,8 @@ for each concept; the model itself is unchanged.
 Base model: <code>{{ base_model }}</code>{% if is_miniature %}, which comes with polyconcept{% endif %}
 {%- if base_digest %}, digest of its weights `{{ base_digest }}`{% endif %}.
 
+Samples and measures were drawn without a safety checker; a base that has one uses it in the code below.
+
 Licence of these weights: {{ license }}. What is made with them also falls under the licence of the base model.
 
 ## In diffusers

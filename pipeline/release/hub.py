@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from pipeline.reading import read_written
 from pipeline.release.publish import MANIFEST, resolve
@@ -52,6 +59,47 @@ def push(release: str, repository: str) -> str:
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
         raise ValueError(f"{SCHEME}{repository}: {str(error).strip()}") from None
     return f"{SCHEME}{repo}@{version}"
+
+
+def check_access(repository: str) -> str:
+    """Whether `push` would be let in, asked before there is something to push.
+
+    Returns: what could not be found out, and why; empty when all is well.
+    Raises: ValueError for what is no name of a repository, and when the hub refuses.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"publish.hub: {error}") from None
+    if repository.count("/") != 1:
+        raise ValueError(f"publish.hub: expected owner/name, found {repository!r}")
+    if not get_token():
+        return "publish.hub: no token here; whoever runs this needs one that may write (HF_TOKEN, or `hf auth login`)"
+    api, place = HfApi(), f"publish.hub: {SCHEME}{repository}"
+    try:
+        try:
+            api.auth_check(repository, write=True)
+        except RepositoryNotFoundError:  # it would be made
+            _check_owner(api.whoami(), repository)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise ValueError(f"{place}: {str(error).strip()}") from None
+        return f"{place}: could not be asked: {str(error).strip()}"
+    except (OfflineModeIsEnabled, httpx2.HTTPError) as error:
+        return f"{place}: could not be asked: {error}"
+    return ""
+
+
+def _check_owner(user: dict[str, Any], repository: str) -> None:
+    """Raises: ValueError where a token may not make a repository."""
+    owners = [user["name"], *(entry["name"] for entry in user.get("orgs", ()))]
+    if repository.split("/")[0] not in owners:
+        raise ValueError(
+            f"publish.hub: {repository} is not there, and the token's user cannot make it: the owner would be one of "
+            f"{', '.join(owners)}"
+        )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"publish.hub: {repository} is not there, and the token may only read; use one that may write")
 
 
 def _content(api: HfApi, repository: str, revision: str) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.estimate import estimates
+from pipeline.estimate import disk_bytes, estimates
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, UnusableConcepts, check_pair, make_plan, of_pair
+from pipeline.ready import check_ready
 from pipeline.spec import MINIATURE, ConceptBatch
+from pipeline.store import Store
 
 LONG = " ".join(["far"] * 27)
 
@@ -101,6 +103,55 @@ def test_drawings_without_the_bases_safety_checker_are_others(planned, tmp_path)
     assert "safety_checker" not in with_one.of("train")[0].params
     both = list(with_one.evaluations().values())
     assert of_pair(both[0]["base"], both[1]["base"], ["{0} {1}"]).params["safety_checker"] is False
+
+
+def test_a_clip_that_cannot_be_loaded(planned, tmp_path):
+    def refused(clip: str) -> str:
+        with pytest.raises(ValueError, match=r"^evaluation\.clip: ") as error:
+            planned({}, evaluation={"clip": clip})
+        return str(error.value)
+
+    assert "CLIP directory /no/clip: not there" in refused("/no/clip")
+    assert "its pretrained tags are" in refused("ViT-B-32/laion2b")
+    assert "cannot be had" in refused("hf-hub:nobody/nothing")
+    folder = tmp_path / "clip"
+    shutil.copytree(MINIATURE / "clip", folder)
+    (folder / "open_clip_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "open_clip_model.safetensors is not whole" in refused(str(folder))
+    (folder / "open_clip_config.json").unlink()
+    assert "needs open_clip_config.json" in refused(str(folder))
+
+
+def test_seeds_of_other_programs(planned):
+    seed = 156680208700286
+    plan = planned({"training": {"seed": seed}}, evaluation={"seed": seed}, training={"seed": seed})
+    assert plan.of("train")[0].params["training"]["seed"] == seed
+    with pytest.raises(ValueError, match="less than 9223372036854775808"):
+        planned({}, training={"seed": 2**63})
+
+
+def test_places_that_cannot_be_written(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for sections, message in (
+        ({"output": "file/runs"}, r"output: file/runs: .*/file is a file; name a folder"),
+        ({"store": "file"}, r"store: file: .*/file is a file"),
+        ({"publish": {"to": "/proc/releases"}}, "publish.to: /proc/releases: /proc cannot be written"),
+    ):
+        plan = planned({}, **sections)
+        with pytest.raises(ValueError, match=message):
+            check_ready(plan, Store(plan.batch.store_url))
+    plan = planned({}, output="new/runs")
+    assert check_ready(plan, Store(plan.batch.store_url)) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_too_small(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = planned({}, training={"views": 1_000_000_000})
+    with pytest.raises(ValueError, match=r"store: .*: what is to do leaves \d{4}\.\d GB or more there, but"):
+        check_ready(plan, Store(plan.batch.store_url))
+    assert disk_bytes(plan, plan.of("features")) == 1_000_000_000 * 32 * 8 * 8 * 4
 
 
 def test_seconds_of_features_are_those_of_what_is_encoded(planned):

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import Hub
+from hub import Hub, Repository
 
+from pipeline.release.hub import check_access
 from pipeline.release.publish import publish
 
 PUSH = ["-m", "ray_jobs.cli", "publish"]
@@ -61,6 +62,29 @@ def test_a_release_is_one_commit_and_a_tag(tmp_path: Path, hub: Hub) -> None:
     code, said = push(str(releases / "v0001"), "ours/concepts", hub)
     assert code == 2 and "has a v0001 with another content" in said
     assert len(repo.commits) == 2
+
+
+def test_access_is_asked_for_before_there_is_a_release(hub: Hub, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.repositories["ours/old"] = Repository()
+    monkeypatch.setenv("HF_TOKEN", Hub.token)
+    for repository in ("ours/old", "ours/new", "me/new"):
+        assert check_access(repository) == ""
+    with pytest.raises(ValueError, match=r"theirs/new is not there, and the token's user cannot make it: .*me, ours"):
+        check_access("theirs/new")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    for repository in ("ours/old", "ours/new"):
+        with pytest.raises(ValueError, match=f"publish.hub: hf://{repository}: .*"):
+            check_access(repository)
+    for name in ("concepts", "a/b/c", "a/--"):
+        with pytest.raises(ValueError, match=r"publish\.hub: "):
+            check_access(name)
+    hub.server_close()
+    hub.shutdown()
+    assert "could not be asked" in check_access("ours/old")
+    monkeypatch.setattr("pipeline.release.hub.get_token", lambda: None)
+    assert "no token here" in check_access("ours/old")
 
 
 @pytest.mark.slow

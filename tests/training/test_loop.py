@@ -12,12 +12,15 @@ from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch._dynamo.utils import counters
 
+from pipeline.miniature.world import concept_images
+from pipeline.sampling import draw
 from training.backbone import Backbone, TokenRows
 from training.checkpoint import load_tensors, save_tensors
-from training.features import ConceptFeatures
+from training.features import ConceptFeatures, concept_features
 from training.loop import train
 from training.pack import StackedLinear
 from training.run import Member, TrainingDiverged
+from training.seeds import generator
 from training.strategies import Single
 from training.weights import ConceptWeights
 
@@ -213,6 +216,21 @@ def test_known_tokens_and_long_initializers_are_refused(backbone, concepts, sett
     long = dataclasses.replace(concepts[0], initializer="zzyzx")
     with pytest.raises(ValueError, match="initializer 'zzyzx': must be one token"):
         train_alone(backbone, [long], settings, scratch=tmp_path)
+
+
+def test_seeds_of_any_size(backbone, concepts, settings, tmp_path):
+    """Small ones give the numbers that they always gave."""
+    assert generator(7).initial_seed() == 7 and generator(2**64 + 7).initial_seed() == 7
+    for seed in (156680208700286, 2**63 - 1):
+        own = dataclasses.replace(settings, steps=1, seed=seed)
+        train_alone(backbone, concepts[:1], own, scratch=tmp_path / str(seed))
+    image = concept_images("cat", "noto", 1, seed=0)
+    concept_features(backbone, image, ["0" * 64], views=1, augment=True, seed=2**63 - 1)
+    draw(backbone, ["a cat"], seeds=[2**63], steps=1, guidance=1.0)
+    with pytest.raises(ValueError, match="1001 steps, but the base model's noise schedule has 1000"):
+        draw(backbone, ["a cat"], seeds=[0], steps=1001, guidance=1.0)
+    with pytest.raises(ValueError, match="40 tokens, but"):
+        draw(backbone, ["cat " * 40], seeds=[0], steps=1, guidance=1.0)
 
 
 def test_begin_of_text_takes_no_gradient():
