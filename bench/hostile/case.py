@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,59 +119,73 @@ def tree(folder: Path) -> dict[str, str]:
     return found
 
 
-def judge(case: Case) -> Verdict:
-    """Run a case in a process of its own, within its limits."""
-    box = Path(tempfile.mkdtemp(prefix="hostile-"))
-    for name in ("work", "home", "tmp"):
-        (box / name).mkdir()
-    outcome = box / "verdict.json"
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            os.setsid()
-            verdict = _run(case, box)
-            outcome.write_text(json.dumps(vars(verdict)), encoding="utf-8", errors="backslashreplace")
-            code = 0
-        finally:
-            os._exit(code)
-    ended = _watch(process, case, outcome)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process, signal.SIGKILL)
-    text = (box / "output").read_text(errors="replace")[-3000:] if (box / "output").exists() else ""
-    if ended:
-        verdict = Verdict("harm", ended, text)
-    elif outcome.exists():
-        verdict = Verdict(**json.loads(outcome.read_text()))
-    else:
-        verdict = Verdict("tracebacks", "the process died", text)
-    _remove(box)
-    return verdict
+def judge(cases: Iterable[Case], at_once: int = 2) -> Iterator[tuple[Case, Verdict]]:
+    """Run cases, each in a process of its own and within its limits; yields them as they end."""
+    waiting, running = list(cases)[::-1], list[_Running]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(_Running(waiting.pop()))
+        for one in list(running):
+            if verdict := one.verdict():
+                running.remove(one)
+                yield one.case, verdict
+        time.sleep(0.02)
 
 
-def _watch(process: int, case: Case, outcome: Path) -> str:
-    """Wait for a case; returns why it was ended, if it was."""
-    watched, start = psutil.Process(process), time.monotonic()
-    began, pause = watched.memory_info().rss, 0.01
-    while not os.waitpid(process, os.WNOHANG)[0]:
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
+class _Running:
+    """A case at work in its process."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.box = Path(tempfile.mkdtemp(prefix="hostile-"))
+        for name in ("work", "home", "tmp"):
+            (self.box / name).mkdir()
+        self.outcome = self.box / "verdict.json"
+        self.start = time.monotonic()
+        sys.stdout.flush()
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                os.setsid()
+                verdict = _run(case, self.box)
+                self.outcome.write_text(json.dumps(vars(verdict)), encoding="utf-8", errors="backslashreplace")
+            finally:
+                os._exit(0)
+        self.watched = psutil.Process(self.process)
+        self.began = self.watched.memory_info().rss
+
+    def verdict(self) -> Verdict | None:
+        """None while it is at work. One that is beyond its limits is ended."""
+        if os.waitpid(self.process, os.WNOHANG)[0]:
+            why = ""
+        elif why := self._beyond():
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        else:
+            return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process, signal.SIGKILL)  # what it started
+        output = self.box / "output"
+        text = output.read_text(errors="replace")[-3000:] if output.exists() else ""
+        if why:
+            found = Verdict("harm", why, text)
+        elif self.outcome.exists():
+            found = Verdict(**json.loads(self.outcome.read_text()))
+        else:
+            found = Verdict("tracebacks", "the process died", text)
+        _remove(self.box)
+        return found
+
+    def _beyond(self) -> str:
+        seconds = time.monotonic() - self.start
+        if seconds > self.case.seconds + 15:
+            return f"was not done after {seconds:.0f} s"
         with contextlib.suppress(psutil.Error):
-            held = {watched: watched.memory_info().rss - began}
-            held |= {child: child.memory_info().rss - PROCESS for child in watched.children(recursive=True)}
-            if max(held.values()) > 1.3 * MEMORY:
-                why = f"held more than {1.3 * MEMORY / 2**30:.1f} GiB"
-                break
-        if time.monotonic() - start > case.seconds + 15 and not outcome.exists():
-            why = f"was not done after {case.seconds + 15:.0f} s"
-            break
-    else:
+            held = [self.watched.memory_info().rss - self.began]
+            held += [child.memory_info().rss - PROCESS for child in self.watched.children(recursive=True)]
+            if max(held) > 1.3 * MEMORY:
+                return f"held more than {1.3 * MEMORY / 2**30:.1f} GiB"
         return ""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return why
 
 
 def _run(case: Case, box: Path) -> Verdict:

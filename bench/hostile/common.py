@@ -133,9 +133,7 @@ def preload() -> None:
     import open_clip  # noqa: F401
     import ray.job_submission  # noqa: F401
 
-    import ray_jobs.jobs
-    import ray_jobs.retrain
-    import ray_jobs.study  # noqa: F401
+    import retrieval.fetch  # noqa: F401
 
     (shared() / "batch.yaml").write_text(batch_text())
     planned(str(shared() / "batch.yaml"))

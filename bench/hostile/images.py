@@ -388,9 +388,13 @@ def stranger(
         os.environ["PATH"] = f"{Path('../tmp/bin').resolve()}:{os.environ['PATH']}"
 
         def decoded():
-            from retrieval.images import decode
+            """As a download does with what a server sent."""
+            from retrieval.fetch import SquareResizer
 
-            return decode(data)
+            jpeg, *_, error = SquareResizer(64)(io.BytesIO(data))
+            if error:
+                raise ValueError(f"image: {error}")
+            return Image.open(io.BytesIO(jpeg))
 
         return decoded
 
@@ -403,8 +407,8 @@ STRANGERS = [
     stranger("half a JPEG", JPEG[: len(JPEG) // 2], "image"),
     stranger("half a PNG", WHOLE[: len(WHOLE) // 2], "image"),
     stranger("a broken PNG", WHOLE[:60] + b"xxxx" + WHOLE[64:], "image"),
-    stranger("81 megapixels", lambda: large_png(9000, 9000), "pixels"),
-    stranger("100 000 x 100 000", raw_png(100_000, 100_000, data=b"x"), "pixels"),
+    stranger("81 megapixels", lambda: large_png(9000, 9000), "pixels|image"),
+    stranger("100 000 x 100 000", raw_png(100_000, 100_000, data=b"x"), "pixels|image"),
     stranger("a progressive JPEG of 3 000 scans", lambda: slow_jpeg(3000), "image|time|seconds|scans"),
     stranger(
         "a PNG with 500 MB of packed text",

@@ -37,7 +37,9 @@ def _is_bus(seen: Seen) -> bool:
 def _with_token(seen: Seen) -> bool:
     """The identifier is kept as the token, or a note says that it is not."""
     (concept,) = seen.result.concepts
-    return concept.class_word == "bus" and ("sks" in concept.token or "sks" in seen.text)
+    return concept.class_word == "bus" and (
+        "sks" in concept.token or "sks" in " ".join([seen.text, *getattr(seen.result, "notes", ())])
+    )
 
 
 CLASSES = [
@@ -167,7 +169,7 @@ BLOCKS = [
     block_list("MD5 sums", "d41d8cd98f00b204e9800998ecf8427e\n", refused=("blocked.txt", "1")),
     block_list("a letter that is no digit", f"g{SUM[1:]}\n", refused=("blocked.txt", "1")),
     block_list("full-width digits", f"{'ａｂ' * 32}\n", refused=("blocked.txt", "1")),
-    block_list("commas", f"{SUM},{OTHER}\n", refused=("blocked.txt", "1")),
+    block_list("commas", f"{SUM},{OTHER}\n", {SUM, OTHER}, ("blocked.txt", "1")),
     block_list("UTF-16", f"{SUM}\n".encode("utf-16"), {SUM}, "blocked.txt"),
     block_list("bytes", bytes(range(256)), refused="blocked.txt"),
     block_list("a FIFO", None, refused="blocked.txt"),

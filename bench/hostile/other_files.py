@@ -102,7 +102,7 @@ def _linked() -> None:
 CARDS = [
     catalogue("!!bool of no truth", 'class_word: !!bool "x"\n', why="class_word|concept.yaml"),
     catalogue("!!timestamp of no time", 'class_word: !!timestamp "x"\n', why="concept.yaml"),
-    catalogue("a time", "class_word: 2026-01-01\n", why="class_word"),
+    catalogue("a time", "class_word: 2026-01-01\n", right=both_or_said),
     catalogue("3 000 brackets", "class_word: " + "[" * 3000, why="concept.yaml"),
     catalogue("3 000 closed brackets", "class_word: " + "[" * 3000 + "]" * 3000, why="concept.yaml"),
     catalogue(
@@ -266,7 +266,7 @@ STUDIES = [
     study("a change of an unknown key", "nothing", variants="{name: a, changes: {nothing: 1}}"),
     study("a change that is a list", "changes", variants="{name: a, changes: [1]}"),
     study("training changed to null", "training", variants="{name: a, changes: {training: }}", right=accepted),
-    study("training changed to a word", "training", variants="{name: a, changes: {training: x}}"),
+    study("training changed to a word", "training|mapping", variants="{name: a, changes: {training: x}}"),
     study("steps changed to yes", "steps", variants="{name: a, changes: {training: {steps: yes}}}"),
     study("a method that is a list", "method", variants="{name: a, changes: {training: {method: [a]}}}"),
     study("a seed that is yes", "seed", table="seeds: [yes]"),

@@ -137,7 +137,7 @@ def _content(name: str, content: str | bytes = "x") -> Callable[[], None]:
 PUBLISHED = [
     publish("an ordinary folder", "rel", right=there()),
     publish("the empty place", "", refused="destination|place|empty"),
-    publish("a blank place", " ", refused="destination|place|' '"),
+    publish("a blank place", " ", refused="destination|place|' '|empty"),
     publish("the current folder", ".", refused=".", right=accepted, writes=("v0001", "latest.json", ".lease")),
     publish("s3://", "s3://", refused="s3://"),
     publish("s3:///x", "s3:///x", refused="s3:///x"),
@@ -379,7 +379,7 @@ COMMANDS = [
     verified(f"release {' '.join(command)}", lambda: None, refused, command=command, count=2, never=never)
     for command, refused, never in (
         (("list", "gone"), "gone", ()),
-        (("list", ""), "releases|''|destination|place", ()),
+        (("list", ""), "releases|''|destination|place|empty", ()),
         (("list", "http://me:SECRET@127.0.0.1:9/x"), "127.0.0.1:9", ("SECRET",)),
         (("show", "rel/v0009"), "v0009", ()),
         (("show", "rel/../gone"), "gone", ()),
@@ -411,6 +411,7 @@ def lease(
     age: float = 0,
     refused: tuple[str, ...] = (),
     right: bool = True,
+    never: tuple[str, ...] = (),
 ) -> Case:
     """What somebody left in the place of a lease; a retraining takes its own all the same, or says where it stands."""
 
@@ -436,7 +437,13 @@ def lease(
         return taken
 
     return Case(
-        f"lease: {name}", give, refused, accepted if right else None, writes=("rel/.lease",), changes=("rel/.lease",)
+        f"lease: {name}",
+        give,
+        refused,
+        accepted if right else None,
+        never,
+        writes=("rel/.lease",),
+        changes=("rel/.lease",),
     )
 
 
@@ -451,15 +458,25 @@ LEASES = [
     lease("empty, an hour old, as of a full disk", "", age=3600),
     lease("empty, just now", "", refused=BUSY),
     lease("garbage, an hour old", "{", age=3600),
-    lease("until 2058 by its own word", lambda path: write(**{path: held(1e9, time.time() + 1e9)})),
-    lease("until 2058, of an ordinary length", lambda path: write(**{path: held(30, time.time() + 1e9)})),
-    lease("never ending", held(30, 1e400).replace("Infinity", "1e400")),
+    lease(
+        "until 2058 by its own word",
+        lambda path: write(**{path: held(1e9, time.time() + 1e9)}),
+        refused=BUSY,
+        never=("2058",),
+    ),
+    lease(
+        "until 2058, of an ordinary length",
+        lambda path: write(**{path: held(30, time.time() + 1e9)}),
+        refused=BUSY,
+        never=("2058",),
+    ),
+    lease("never ending", held(30, 1e400).replace("Infinity", "1e400"), refused=BUSY),
     lease("NaN", '{"holder": "x", "seconds": NaN, "until": NaN}', age=3600),
     lease("words for numbers", held("soon", "later"), age=3600),
     lease("true for numbers", held(True, True), age=3600),
     lease("a list", "[]", age=3600),
     lease("null", "null", age=3600),
-    lease("a negative length", lambda path: write(**{path: held(-30, time.time() + 20)})),
+    lease("a negative length", lambda path: write(**{path: held(-30, time.time() + 20)}), refused=BUSY),
     lease("nested", "[" * 100_000, age=3600),
     lease("3 000 closed brackets", "[" * 3000 + "]" * 3000, age=3600),
     lease("bytes", bytes(range(256)), age=3600),

@@ -158,7 +158,7 @@ def busy(path: str, status: str, after: str, seed: int) -> bytes:
 SERVED: dict[str, tuple[Callable[[], bytes], str]] = {
     "/plain.png": (lambda: answer(encoded(picture(101))), "success"),
     "/with%20space.png": (lambda: answer(encoded(picture(102))), "success"),
-    "/with space.png": (lambda: answer(encoded(picture(103))), "success"),
+    "/with a space.png": (lambda: answer(encoded(picture(103))), "success"),
     "/käse.png": (lambda: answer(encoded(picture(104))), "success"),
     "/猫.png": (lambda: answer(encoded(picture(105))), "success"),
     "/query.png?a=b c&d=ä": (lambda: answer(encoded(picture(106))), "success"),
