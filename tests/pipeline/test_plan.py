@@ -135,7 +135,7 @@ def test_places_that_cannot_be_written(planned, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for sections, message in (
         ({"output": "file/runs"}, r"output: file/runs: .*/file is a file; name a folder"),
-        ({"store": "file"}, r"store: file: .*/file is a file"),
+        ({"store": "file"}, r"store: .*file: .*/file is a file"),
         ({"publish": {"to": "/proc/releases"}}, "publish.to: /proc/releases: /proc cannot be written"),
     ):
         plan = planned({}, **sections)

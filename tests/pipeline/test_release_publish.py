@@ -308,7 +308,7 @@ def test_latest_does_not_move_back_from_what_others_released_meanwhile(
 )
 def test_what_names_no_place_is_refused(place: str) -> None:
     for check in (plain_place, plain_destination):
-        with pytest.raises(ValueError, match=r"empty place|names no|no bucket|neither a URL|leave them out|chained"):
+        with pytest.raises(ValueError, match=r"is named|names no|no bucket|is no URL|leave them out|chained"):
             check(place)
 
 
@@ -316,7 +316,7 @@ def test_places_that_cannot_be_written_to(make: Make, tmp_path: Path) -> None:
     for place in ("http://models.example/cats", "https://models.example", "s3://bucket/st[1]", "memory://a/b*"):
         assert plain_place(place) == place
         for attempt in (lambda to: publish(make(), to), lambda to: ConceptBatch.model_validate({"store": to})):
-            with pytest.raises(ValueError, match=r"over HTTP|as patterns of names"):
+            with pytest.raises(ValueError, match=r"over HTTP|as patterns"):
                 attempt(place)
     assert publish(make(), f"{tmp_path}/st[1]").version == "v0001"  # a folder may have any name
 
