@@ -279,22 +279,39 @@ def ray_session() -> Iterator[None]:
         )
     # "local": without it Ray also takes up a cluster that someone once started on this machine
     options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
-    clusters, on_term = ray_constants.ENABLE_RAY_CLUSTER, signal.getsignal(signal.SIGTERM)
-    try:
-        # without clusters, as on macOS, Ray listens at the loopback address only
-        ray_constants.ENABLE_RAY_CLUSTER = clusters and on_cluster
-        ray.init(logging_level="ERROR", log_to_driver=False, **options)
-    except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
-        place = f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
-        raise OSError(f"{place}: {error}") from error
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_term)  # Ray has put one of its own there
+    on_term = signal.getsignal(signal.SIGTERM)
+    with contextlib.nullcontext() if on_cluster else _loopback_only():
+        try:
+            ray.init(logging_level="ERROR", log_to_driver=False, **options)
+        except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
+            place = (
+                f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
+            )
+            raise OSError(f"{place}: {error}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)  # Ray has put one of its own there
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that is started here listens at the loopback address only: it does so where it makes no clusters, as on
+    macOS. The processes that join it have to know, too, also those that its workers start."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    inherited = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if inherited is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = inherited
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from pipeline.reading import read_written
 from pipeline.release.publish import MANIFEST, resolve
 from pipeline.release.versions import fetch_whole, read
 
 SCHEME = "hf://"
+ANSWER = 120
+"""Seconds to wait for the hub's next byte: its client would wait for ever."""
 
 
 def push(release: str, repository: str) -> str:
@@ -43,7 +45,7 @@ def push(release: str, repository: str) -> str:
     version = manifest.get("version")
     if not version:
         raise ValueError(f"{place}: a candidate, not a release; promote it first")
-    api = HfApi()
+    api = _api()
     try:
         repo = api.create_repo(repository, private=True, exist_ok=True).repo_id
         if version in {tag.name for tag in api.list_repo_refs(repo).tags}:
@@ -75,7 +77,7 @@ def check_access(repository: str) -> str:
         raise ValueError(f"publish.hub: expected owner/name, found {repository!r}")
     if not get_token():
         return "publish.hub: no token here; whoever runs this needs one that may write (HF_TOKEN, or `hf auth login`)"
-    api, place = HfApi(), f"publish.hub: {SCHEME}{repository}"
+    api, place = _api(), f"publish.hub: {SCHEME}{repository}"
     try:
         try:
             api.auth_check(repository, write=True)
@@ -88,6 +90,11 @@ def check_access(repository: str) -> str:
     except (OfflineModeIsEnabled, httpx2.HTTPError) as error:
         return f"{place}: could not be asked: {error}"
     return ""
+
+
+def _api() -> HfApi:
+    get_session().timeout = httpx2.Timeout(ANSWER)
+    return HfApi()
 
 
 def _check_owner(user: dict[str, Any], repository: str) -> None:

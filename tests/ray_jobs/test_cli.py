@@ -463,6 +463,7 @@ def test_killed_and_started_again(batch, tmp_path):
     hub = Hub()
     resumed = subprocess.run(command, env=hub.environment, capture_output=True, text=True)
     hub.shutdown()
+    hub.server_close()  # or it would be waited for
     assert resumed.returncode == 0, resumed.stderr
     assert f"{damaged} cannot be used, going on without it" in resumed.stderr
     assert hub.repositories["ours/concepts"].commits == ["Release v0001"]
