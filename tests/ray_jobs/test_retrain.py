@@ -289,7 +289,7 @@ def test_killed_while_publishing(catalogue, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/nightly/store").rglob("manifest.json")} == made
     # nothing changed, but the run that published it had no time for the results
     results = tmp_path / "runs/nightly"
-    assert json.loads((results / "summary.json").read_text())["release"] == f"{releases}/v0001"
+    assert json.loads((results / "summary.json").read_text())["release"] == "runs/nightly/releases/v0001"
     assert (results / "report.html").exists()
 
 
