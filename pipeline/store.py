@@ -106,8 +106,13 @@ class Store:
         shutil.rmtree(self.local / ".scratch" / key, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-built: of processes that this one could see, at once; of others, on
-        another machine or in another container, what showed no sign of life for a day."""
+        """Remove what killed processes left: checkpoints of what is finished, and what is half-built; of processes that
+        this one could see, at once; of others, on another machine or in another container, what showed no sign of life
+        for a day."""
+        for scratch in (self.local / ".scratch").glob("*"):
+            made = self.local.glob(f"*/{scratch.name}/{MANIFEST}")
+            if any(self.has(manifest.parts[-3], scratch.name) for manifest in made):
+                shutil.rmtree(scratch, ignore_errors=True)
         for part in (self.local / ".building").glob("*"):
             machine, _, process = part.name.rpartition(".")[0].partition(".")
             if machine == _machine():

@@ -54,6 +54,7 @@ from ray_jobs.ranks import on_ranks, train_on_ranks
 from ray_jobs.same_code import SameCode, code_here
 from ray_jobs.terminal import print, printable
 from training.base import base_digest
+from training.durable import replace
 from training.tokens import spelling
 
 ON_DEVICE = {
@@ -173,12 +174,15 @@ def build(plan: Plan, store: Store, limits: Limits) -> tuple[Plan, list[str]]:
 
 
 def write_results(plan: Plan, store: Store, release: str) -> tuple[Path, dict[str, Any]]:
-    """Write report and figures of a finished plan to its output folder; returns the report and the figures."""
+    """Write report and figures of a finished plan to its output folder, the figures last and at once: where they name a
+    release, both are there. Returns the report and the figures."""
     output = Path(plan.batch.output_path)
     output.mkdir(parents=True, exist_ok=True)
     figures = summary(plan, store, release)
-    (output / "summary.json").write_text(json.dumps(figures, indent=1))
     write_report(plan, store, release, output / "report.html")
+    part = output / f".summary.json.{os.getpid()}.part"
+    part.write_text(json.dumps(figures, indent=1))
+    replace(part, output / "summary.json")
     for name, concept in figures["concepts"].items():
         regularization = concept.get("regularization", {})
         if shortfall := regularization.get("shortfall"):

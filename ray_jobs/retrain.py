@@ -117,6 +117,8 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         version = known[plan.stages[-1].key]
         event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
         log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
+        if version is latest and not _has_results(Path(asked.output_path), current):
+            _write_results(plan, store, current)
         _push(asked, current)
         return Outcome(_exit(reasons), current, reasons)
     for verdict in verdicts:
@@ -134,12 +136,25 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
     release = publish(folder, destination, facts, asked.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
-    try:
-        write_results(plan, store, release.url)
-    except Exception as error:  # of every kind: the release is there, and its run has not failed
-        log.warning("report not written", extra={"error": str(error)})
+    _write_results(plan, store, release.url)
     _push(asked, release.url)
     return Outcome(_exit(reasons), release.url, reasons, tuple(verdicts))
+
+
+def _has_results(output: Path, release: str) -> bool:
+    """Whether report and figures of a release are there: the run that published it may have been killed before."""
+    try:
+        figures = json.loads((output / "summary.json").read_text())
+        return figures["release"] == masked(release) and (output / "report.html").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_results(plan: Plan, store: Store, release: str) -> None:
+    try:
+        write_results(plan, store, release)
+    except Exception as error:  # of every kind: the release is there, and its run has not failed
+        log.warning("report not written", extra={"error": str(error)})
 
 
 def _push(asked: Retraining, release: str) -> None:

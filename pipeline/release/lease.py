@@ -116,8 +116,10 @@ def _acquire(fs: AbstractFileSystem, folder: str, seconds: float, wait: float) -
             # created, but with a higher number beside it: one that had been taken, given back and removed meanwhile
             if _create(fs, _path(folder, number), seconds, until) and _numbers(fs, folder)[-1] == number:
                 for old in numbers:
-                    with contextlib.suppress(FileNotFoundError):
-                        fs.rm_file(_path(folder, old))
+                    # first what a process left that was killed while it renewed its lease
+                    for path in (_part(_path(folder, old)), _path(folder, old)):
+                        with contextlib.suppress(FileNotFoundError):
+                            fs.rm_file(path)
                 return Lease(fs, folder, number, seconds, until)
             continue  # another was first: see how long it is that one's
         if time.monotonic() >= deadline:
@@ -130,6 +132,11 @@ def _acquire(fs: AbstractFileSystem, folder: str, seconds: float, wait: float) -
 
 def _path(folder: str, number: int) -> str:
     return f"{folder}/{number:06d}.json"
+
+
+def _part(path: str) -> str:
+    """Where a lease on a disk is written before it is renamed."""
+    return f"{path}.part"
 
 
 def _numbers(fs: AbstractFileSystem, folder: str) -> list[int]:
@@ -176,7 +183,7 @@ def _create(fs: AbstractFileSystem, path: str, seconds: float, until: float) -> 
 
 def _write(fs: AbstractFileSystem, path: str, seconds: float, until: float) -> None:
     if isinstance(fs, LocalFileSystem):
-        part = f"{path}.part"
+        part = _part(path)
         with open(part, "wb") as f:
             f.write(_content(seconds, until))
         os.replace(part, path)

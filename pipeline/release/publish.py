@@ -35,6 +35,7 @@ from pipeline.release.lease import lease
 from pipeline.release.manifest import FORMAT, Described, content_sum, leaves_its_folder, own_sum, parse
 from pipeline.release.place import Place, create, make_folder, open_destination, open_place
 from pipeline.release.sign import Sign, has_signature, is_signed, signer, with_signature
+from training.durable import replace, sync_tree
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
@@ -265,8 +266,7 @@ def _write_local(
         while True:
             manifest = _numbered(manifest, _next_version(fs, root))
             _write_manifest(fs, part, manifest, sign)
-            for path in [*Path(part).rglob("*"), Path(part)]:
-                _sync(path)
+            sync_tree(Path(part))
             # after the number was chosen: whoever comes later takes that number, and the renaming fails
             if known := same():
                 fs.rm(part, recursive=True)
@@ -360,15 +360,18 @@ def move_alias(
             number = 0
         content |= {"alias": alias, "project": project_of(manifest), "number": number + 1, "time": _now()}
         content = with_signature(content, sign)
+    _write_at_once(fs, root, f"{alias}.json", _json(content))
+
+
+def _write_at_once(fs: AbstractFileSystem, root: str, name: str, content: bytes) -> None:
+    """Write a file below `root`: whatever stops that, it is there whole, or is what it was."""
     if not isinstance(fs, LocalFileSystem):
-        _write_json(fs, f"{root}/{alias}.json", content)  # one object, replaced as a whole
+        fs.pipe_file(f"{root}/{name}", content)  # one object, replaced as a whole
         return
-    part = f"{root}/.part-{uuid.uuid4().hex}"
+    part = f"{root}/.part-{uuid.uuid4().hex}"  # not beside it: in a version it would be an extra file
     with _removed_on_failure(fs, part):
-        _write_json(fs, part, content)
-        _sync(Path(part))
-        os.replace(part, f"{root}/{alias}.json")
-        _sync(Path(root))
+        fs.pipe_file(part, content)
+        replace(Path(part), Path(root, name))
 
 
 def _write_manifest(fs: AbstractFileSystem, place: str, manifest: dict[str, Any], sign: Sign | None) -> None:
@@ -378,21 +381,8 @@ def _write_manifest(fs: AbstractFileSystem, place: str, manifest: dict[str, Any]
     fs.pipe_file(f"{place}/{MANIFEST}", text)  # last: then the version is whole
 
 
-def _write_json(fs: AbstractFileSystem, path: str, value: dict[str, Any]) -> None:
-    fs.pipe_file(path, _json(value))
-
-
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a power cut does not leave a renamed folder of empty files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _numbered(manifest: dict[str, Any], number: int) -> dict[str, Any]:
@@ -514,21 +504,25 @@ def _published(place: Place, manifest: dict[str, Any], sign: Sign | None, signin
         known = manifest_of(fs, root, version) if version else None
         if not known or known["content"] != manifest["content"] or verify(f"{url}/{version}"):
             continue
-        if sign and not _sign_known(fs, f"{root}/{version}", manifest, sign, signing_key):
+        if sign and not _sign_known(fs, root, str(version), manifest, sign, signing_key):
             continue
         return known
     return None
 
 
-def _sign_known(fs: AbstractFileSystem, place: str, manifest: dict[str, Any], sign: Sign, signing_key: str) -> bool:
-    """Whether a version is signed by the key now. A missing signature is made only where the manifest says the same as
-    the one that would be written: whoever can write there may have changed it."""
-    text = fs.cat_file(f"{place}/{MANIFEST}")
-    if fs.exists(f"{place}/{SIGNATURE}"):
-        return is_signed(text, fs.cat_file(f"{place}/{SIGNATURE}"), signing_key)
-    if _unnumbered(parse(text)) != manifest:
+def _sign_known(
+    fs: AbstractFileSystem, root: str, version: str, manifest: dict[str, Any], sign: Sign, signing_key: str
+) -> bool:
+    """Whether a version is signed by the key now. A missing signature, or the beginning of ours (a process was killed
+    while it wrote it), is made only where the manifest says the same as the one that would be written: whoever can
+    write there may have changed it."""
+    text, place = fs.cat_file(f"{root}/{version}/{MANIFEST}"), f"{root}/{version}/{SIGNATURE}"
+    found = fs.cat_file(place) if fs.exists(place) else b""
+    if is_signed(text, found, signing_key):
+        return True
+    if _unnumbered(parse(text)) != manifest or not (signature := sign(text)).startswith(found):
         return False
-    fs.pipe_file(f"{place}/{SIGNATURE}", sign(text))
+    _write_at_once(fs, root, f"{version}/{SIGNATURE}", signature)
     return True
 
 

@@ -1,7 +1,9 @@
+import contextlib
 import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +265,37 @@ def test_stopped_between_any_two_steps(
         step += 1
     # a lease that cannot be given back stops nobody: it runs out
     assert len(calls) >= 6 and step in (len(calls) - 1, len(calls)), calls
+
+
+def test_killed_while_a_version_is_signed(make: Make, destination: str, tmp_path: Path, monkeypatch) -> None:
+    """The same content, published again with the key, is signed where it is, also where half a signature stands."""
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    place = f"{publish(make('one'), destination).url}/manifest.json.sig"
+    fs, path = fsspec.core.url_to_fs(place)
+    step, stopped = 0, True
+    while stopped:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, Killed(), dead=True)
+            try:
+                publish(make("one"), destination, signing_key=str(key))
+                stopped = False
+            except Killed:
+                step += 1
+        assert not fs.exists(path) or not verify(f"{destination}/v0001", str(key))
+        if fs.exists(lease := f"{Path(path).parents[1]}/.publish"):
+            fs.rm(lease, recursive=True)
+    assert step >= 3 and verify(destination, str(key)) == []
+    whole = fs.cat_file(path)
+    for broken in (b"", whole[:10]):
+        fs.pipe_file(path, broken)
+        again = publish(make("one"), destination, signing_key=str(key))
+        assert (again.version, again.created, fs.cat_file(path)) == ("v0001", False, whole)
+    fs.pipe_file(path, b"another's")
+    assert publish(make("one"), destination, signing_key=str(key)).version == "v0002"
+    assert fs.cat_file(path) == b"another's"
 
 
 @pytest.mark.parametrize(("text", "version"), [("two", "v0002"), ("one", "v0001")])

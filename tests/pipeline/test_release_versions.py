@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import posixpath
 import resource
 import shutil
 import signal
@@ -437,9 +438,13 @@ def test_a_lease_is_one_process_s(destination: str) -> None:
         with pytest.raises(Busy, match=destination + "/" + there), lease(destination, 30):
             pass
         held.check()
+    fs, root = fsspec.core.url_to_fs(destination)
+    fs.pipe_file(f"{root}/.lease/000001.json.part", b"")  # as one leaves it that is killed while it renews
     with lease(destination, 30) as again:  # given back: at once
         again.check()
     assert again.number == held.number + 1
+    fs.invalidate_cache()
+    assert [posixpath.basename(path) for path in fs.ls(f"{root}/.lease", detail=False)] == ["000002.json"]
 
 
 def written(left: float) -> bytes:

@@ -81,6 +81,19 @@ def test_scratch_outlives_a_failure_and_goes_with_success(store):
     assert not (store.local / ".scratch" / "k3").exists()
 
 
+def test_sweep_removes_checkpoints_of_what_is_finished(store):
+    with store.create("train", "finished", {}) as out:
+        (out / "w").write_text("1")
+    for key in ("finished", "cut-off", "not-uploaded"):
+        (store.scratch(key) / "checkpoint").write_text("1")  # a process was killed before it removed its own
+    if not store.is_local:
+        (store.local / "train/not-uploaded").mkdir()
+        (store.local / "train/not-uploaded/manifest.json").write_text("{}")
+    store.sweep()
+    assert sorted(os.listdir(store.local / ".scratch")) == ["cut-off", "not-uploaded"]
+    assert (store.scratch("cut-off") / "checkpoint").exists()
+
+
 def test_two_makers_of_one_artifact(store):
     with store.create("train", "k4", {}) as out:
         (out / "w").write_text("same")

@@ -20,6 +20,7 @@ from pipeline.miniature.world import concept_images
 from pipeline.release import publish
 from pipeline.release.publish import verify
 from ray_jobs.limits import Limits
+from ray_jobs.retrain import _has_results
 
 CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
 
@@ -245,7 +246,7 @@ import os, signal, sys
 from pipeline.release import publish
 from ray_jobs.cli import main
 
-def killed(*_):
+def killed(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 where = sys.argv[1]
@@ -286,6 +287,24 @@ def test_killed_while_publishing(catalogue, tmp_path, capsys):
     assert sorted(p.name for p in releases.glob("v*")) == ["v0001"]
     assert json.loads((releases / "latest.json").read_text()) == {"version": "v0001"}
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/nightly/store").rglob("manifest.json")} == made
+    # nothing changed, but the run that published it had no time for the results
+    results = tmp_path / "runs/nightly"
+    assert json.loads((results / "summary.json").read_text())["release"] == "runs/nightly/releases/v0001"
+    assert (results / "report.html").exists()
+
+
+def test_results_are_of_the_release_that_they_name(tmp_path):
+    def figures(text: str) -> None:
+        (tmp_path / "summary.json").write_text(text)
+
+    assert not _has_results(tmp_path, "releases/v0002")
+    figures('{"release": "releases/v0002"}')
+    assert not _has_results(tmp_path, "releases/v0002")
+    (tmp_path / "report.html").write_text("made")
+    assert _has_results(tmp_path, "releases/v0002")
+    for other in ('{"release": "releases/v0001"}', '{"release": "rel', "", "[]", "{}"):
+        figures(other)
+        assert not _has_results(tmp_path, "releases/v0002"), other
 
 
 @pytest.mark.parametrize(
