@@ -505,18 +505,20 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
     fits = {name: torch.ones(len(layer.weight), 1) for name, layer in backbone.layers.items()}
     layer = next(iter(fits))
     right, long = {SHARED: torch.ones(1, 192)}, torch.ones(200_000, 1)
-    MergedModel(fits, right, {}).save(file)
+    made = {"base": backbone.digest}
+    MergedModel(fits, right, {}, made).save(file)
     assert load_change(str(file), backbone)[0].keys() == backbone.layers.keys()
     for model, message in (
         (
-            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}),
+            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}, made),
             r"\(200000, 200000\); this base model has",
         ),
-        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}), r"\(\d+, 1\) and \(2, 192\), do not go together"),
-        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}), "do not go together"),
-        (MergedModel(fits, {SHARED: torch.ones(192)}, {}), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}, made), r"\(\d+, 1\) and \(2, 192\), do not go together"),
+        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}, made), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(192)}, {}, made), "do not go together"),
         (MergedModel(fits, right, {}, {"base": "0123"}), "digest 0123"),
-        (MergedModel(fits, right, {"<x>": [torch.ones(3)]}), "token '<x>' has rows of widths"),
+        (MergedModel(fits, right, {}), "does not say over which base"),
+        (MergedModel(fits, right, {"<x>": [torch.ones(3)]}, made), "token '<x>' has rows of widths"),
     ):
         model.save(file)
         with pytest.raises(ValueError, match=f"m.safetensors: .*{message}"):
