@@ -210,6 +210,8 @@ class _Merged:
             constraints = constraint_of(backbone, weights, DEFAULTS.prompts)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if not all(rows.isfinite().all() for each in constraints for rows in (each.rows, *each.changes.values())):
+            raise ValueError(f"{path}: its numbers are too large: what the text encoder makes of them is not finite")
         return _Merged(self.sums, self.tokens | weights.tokens, concepts, demanded), constraints
 
     def without(self, path: Path, backbone: Backbone) -> _Merged:

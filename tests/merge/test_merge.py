@@ -525,6 +525,21 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
             load_change(str(file), backbone)
 
 
+def test_concepts_of_strangers(backbone, tmp_path):
+    """What cannot be read, as a terminal's escape codes, names no concept, and numbers stay finite."""
+    file, captions, good = tmp_path / "b.safetensors", tmp_path / "captions.txt", _weights(backbone, "b", 0)
+    captions.write_text("a cat")
+    for key in ("name", "class_word"):
+        described = [good.metadata["concepts"][0] | {key: "\x1b[31m"}]
+        dataclasses.replace(good, metadata=good.metadata | {"concepts": described}).save(file)
+        with pytest.raises(ValueError, match=rf"b.safetensors: the {key} of a concept is '\\x1b\[31m'"):
+            merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
+    tokens = {"<b>": [1e38 * row.sign() for row in good.tokens["<b>"]]}
+    dataclasses.replace(good, tokens=tokens).save(file)
+    with pytest.raises(ValueError, match=r"b.safetensors: its numbers are too large"):
+        merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
+
+
 def test_sums_of_strangers(backbone, tmp_path):
     captions, sums, out = (tmp_path / name for name in ("captions.txt", "sums.safetensors", "m.safetensors"))
     captions.write_bytes(b"\xef\xbb\xbfa cat\na dog\na house")

@@ -157,6 +157,8 @@ def test_manifests_that_are_none_or_not_known_yet(make: Make, destination: str) 
     ):
         fs.pipe_file(f"{root}/manifest.json", manifest.replace(b'"format": 2', written))
         assert verify(url)[0].startswith(message)
+    fs.pipe_file(f"{destination.removeprefix('memory:/')}/latest.json", b'{"version": "v0009"}')
+    assert verify(destination) == ["v0009: no such version, but latest.json names it"]
     for use in (listed, lambda place: publish(make("two"), place), lambda place: gc(place, 1)):
         with pytest.raises(ValueError, match=r"v0001/manifest.json: a later polyconcept"):  # not taken for half-written
             use(destination)

@@ -297,6 +297,19 @@ def test_numbers_that_are_none(capsys, command, option):
     assert code == 2 and option in err and "Invalid value" in err, err
 
 
+@pytest.mark.parametrize("command", ["merge {} --captions {}", "merge {} --captions {} --out {}", "publish {} {}"])
+def test_links_to_themselves(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop.png", "loop.png")
+    code, _, err = run(*command.format(*["loop.png"] * 3).split(), capsys=capsys)
+    assert code == 2 and "error: " in err and "loop.png: " in err and "Traceback" not in err, err
+
+
+def test_a_server_that_is_not_there_is_named(capsys):
+    code, _, err = run("release", "list", "http://me:secret@127.0.0.1:9/x", capsys=capsys)
+    assert code == 2 and "127.0.0.1:9" in err and "secret" not in err, err
+
+
 @pytest.mark.parametrize("place", ["nothing.yaml", "cat", "bytes"])
 @pytest.mark.parametrize(
     "command",
