@@ -10,24 +10,31 @@ from pathlib import Path
 import fsspec
 
 USER = re.compile(r"""(?<=://)(?:[^\s/:'"]*:[^\s'"]*|[^\s/'"?#]+)(?=@)""")
+# as storages repeat an address in their errors: without its `s3://`
+BARE = re.compile(r"""(?<![^\s'"`(=])[^\s/:@'"]+:(?!/)[^\s@'"]+(?=@)""")
 SECRET = re.compile(
     r"""([?&][^=&\s'"]*(?:token|key|secret|sig|password|credential)[^=&\s'"]*=)[^&\s'"#]+""", re.IGNORECASE
 )
+BUCKETS = ("s3", "s3a", "gs", "gcs")
+"""Storages whose addresses begin with a bucket, which has no user."""
 
 
 def masked(text: str) -> str:
-    """A text whose URLs show no passwords: neither before an `@` nor in a query."""
-    return SECRET.sub(r"\1***", USER.sub("***", text))
+    """A text that shows no passwords: neither before an `@` nor in a query."""
+    return SECRET.sub(r"\1***", BARE.sub("***", USER.sub("***", text)))
 
 
 def check_place(place: str) -> str:
-    """The place, if it can be one. Raises: ValueError for a URL without a bucket or host, or of no known storage."""
+    """The place, if it can be one. Raises: ValueError for a URL without a bucket or host, of no known storage, or
+    with keys before a bucket."""
     storage, mark, rest = place.partition("://")
     storage = storage.rpartition("::")[2]
     if mark and storage not in fsspec.available_protocols():
         raise ValueError(f"{masked(place)!r} is on no storage that is known: {storage!r}")
     if mark and storage not in ("file", "local", "memory") and not rest.partition("/")[0].strip():
         raise ValueError(f"{masked(place)!r} names no bucket or host; is a variable empty?")
+    if storage in BUCKETS and re.match("[^/@]*:.*@", rest):
+        raise ValueError(f"{masked(place)!r}: keys are not read from an address; set them in the environment")
     begin, colon, rest = place.partition(":")
     if not mark and colon and rest[:1] in ("", "/") and begin in fsspec.available_protocols():
         raise ValueError(f"{masked(place)!r} is no URL; write {begin}://…")

@@ -291,7 +291,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 50,
-    guidance: Annotated[float, typer.Option()] = 6.0,
+    guidance: Annotated[float, typer.Option(min=0, max=1000)] = 6.0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Draw prompts with a release's merged model, or with one concept's weights."""
@@ -381,7 +381,7 @@ def publish(
         print(f"it is at {push(folder, destination.removeprefix(SCHEME))}")
         return
     if "://" not in destination:
-        _refuse_overwriting({"destination": Path(destination)}, [folder])
+        _refuse_overwriting({"destination": Path(destination)}, [folder], is_folder=True)
     info = publish_folder(Path(plain_place(folder)), destination, signing_key=signing_key)
     print(f"{'made release' if info.created else 'the same content is there already as'} {masked(info.url)}")
 
@@ -487,17 +487,22 @@ def _results(output: str | Path) -> dict[str, Path]:
     return {name: Path(output) / name for name in ("report.html", "summary.json")}
 
 
-def _refuse_overwriting(outputs: dict[str, Path], inputs: Iterable[str | Path]) -> None:
-    """outputs: files or folders to be written, by what names them. inputs: files and folders that are read; what is no
-    path here (a URL, a model's name on the hub) is passed over.
+def _refuse_overwriting(outputs: dict[str, Path], inputs: Iterable[str | Path], *, is_folder: bool = False) -> None:
+    """outputs: files (or folders, if `is_folder`) to be written, by what names them. inputs: files and folders that are
+    read; what is no path here (a URL, a model's name on the hub) is passed over.
 
-    Raises: ValueError when one of the outputs is one of the inputs, or in it.
+    Raises: ValueError when one of the outputs is there and no regular file, or is one of the inputs, or in it.
     """
     for name, out in outputs.items():
+        if out.exists() and not (out.is_dir() if is_folder else out.is_file()):
+            found = "a folder" if out.is_dir() else "a file" if out.is_file() else "a pipe or a device"
+            raise ValueError(f"{name} {out}: {found}; give the path of a {'folder' if is_folder else 'file'} to write")
         for read in map(Path, inputs):
-            same = out.resolve() == read.resolve()
+            # not `Path.resolve`, which raises for a link to itself
+            real, source = Path(os.path.realpath(out)), Path(os.path.realpath(read))
+            same = real == source
             same = same or (out.exists() and read.exists() and out.samefile(read))  # hard links
-            if same or (read.is_dir() and out.resolve().is_relative_to(read.resolve())):
+            if same or (read.is_dir() and real.is_relative_to(source)):
                 where = "is read or written, too" if same else f"is in {read}, which is read"
                 raise ValueError(f"{name} {out}: {where}; give another place")
 
@@ -556,7 +561,8 @@ def main(arguments: list[str] | None = None) -> None:
         # of a copy both: which of them the disk is full of, or cannot be read, is not said
         names = [str(name) for name in (error.filename, error.filename2) if name]
         place = f"{' -> '.join(names)}: " if names else ""
-        told = masked(f"{place}{error.strerror or error}")
+        has_words = type(error).__str__ is not OSError.__str__  # aiohttp's errors name the host
+        told = masked(f"{place}{error if has_words else error.strerror or error}")
         print(f"error: {told}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
     except Exception as error:

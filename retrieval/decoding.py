@@ -11,8 +11,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -50,6 +52,18 @@ class Decoded:
     """Width and height in pixels, upright, before it was reduced."""
     notes: list[str] = field(default_factory=list)
     """What one may not expect: frames left out, a colour profile ignored."""
+
+
+def read_file(path: Path) -> bytes:
+    """An image file's bytes, for `decode`: of one that is too large, enough for it to say so.
+
+    Raises: ValueError for what is no regular file (a pipe would block), OSError for what cannot be read.
+    """
+    # O_NONBLOCK: a pipe is seen to be one without waiting for who writes to it
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        return file.read(MAX_BYTES + 1)
 
 
 def decode(data: bytes) -> Decoded:

@@ -24,7 +24,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def replace(part: Path, place: Path) -> None:
-    """Rename a file or folder, so that after a power failure `place` holds all of it or what it held before."""
+    """Rename a file or folder, so that after a power failure `place` holds all of it or what it held before.
+
+    Raises: ValueError when a pipe, a device or the like has the name: it would be gone.
+    """
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise ValueError(f"{place}: a pipe or a device; give the path of a file to write")
     (sync_tree if part.is_dir() else sync)(part)
     os.replace(part, place)
     sync(place.parent)

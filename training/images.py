@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from retrieval.decoding import MAX_BYTES, decode
+from retrieval.decoding import decode, read_file
 
 MIN_SIDE = 32
 """Images with a shorter side (pixels) are refused."""
@@ -86,7 +86,7 @@ def load_images(paths: list[str] | str) -> ConceptImages:
     seen: dict[str, Path] = {}
     for path in list_images(paths):
         try:
-            data = _bytes(path)
+            data = read_file(path)
             decoded = decode(data)
             if min(decoded.size) < MIN_SIDE:
                 width, height = decoded.size
@@ -110,8 +110,3 @@ def load_images(paths: list[str] | str) -> ConceptImages:
     if not loaded.images:
         raise ValueError("none of the images can be used:\n" + "\n".join(f"  {line}" for line in loaded.rejected))
     return loaded
-
-
-def _bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(MAX_BYTES + 1)  # one more than is decoded: so that it is refused

@@ -19,7 +19,7 @@ from pipeline.merge.compress import rounded
 from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
 from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums, report
-from pipeline.reading import read_lines
+from pipeline.reading import read_lines, shown
 from pipeline.release.publish import resolve
 from pipeline.spec import Merge
 from training.backbone import Backbone, load_backbone
@@ -60,8 +60,10 @@ def load_change(place: str, backbone: Backbone) -> tuple[dict[str, torch.Tensor]
 
 
 def check_fit(place: str | Path, weights: ConceptWeights | MergedModel, backbone: Backbone) -> None:
-    """Raises: ValueError when weights were made over another base, or have other shapes than this one."""
-    base = weights.metadata.get("base") or backbone.digest
+    """Raises: ValueError when weights were made over another base, do not say over which, or have other shapes."""
+    base = weights.metadata.get("base")
+    if not base:
+        raise ValueError(f"{place}: does not say over which base it was made")
     if base != backbone.digest:
         raise ValueError(f"{place}: made over a base with digest {base}, but this one has {backbone.digest}")
     shapes: dict[str, tuple[int, ...]]
@@ -208,6 +210,8 @@ class _Merged:
             constraints = constraint_of(backbone, weights, DEFAULTS.prompts)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if not all(rows.isfinite().all() for each in constraints for rows in (each.rows, *each.changes.values())):
+            raise ValueError(f"{path}: its numbers are too large: what the text encoder makes of them is not finite")
         return _Merged(self.sums, self.tokens | weights.tokens, concepts, demanded), constraints
 
     def without(self, path: Path, backbone: Backbone) -> _Merged:
@@ -250,8 +254,6 @@ def load_concepts(path: Path, backbone: Backbone) -> ConceptWeights:
     """
     weights = ConceptWeights.load(path)
     check_fit(path, weights, backbone)
-    if not weights.metadata.get("base"):
-        raise ValueError(f"{path}: does not say over which base it was made")
     _check_concepts(path, weights.metadata.get("concepts"))
     named = {concept["token"] for concept in weights.metadata["concepts"]} - {""}
     if weights.deltas and named != set(weights.tokens):
@@ -267,3 +269,9 @@ def _check_concepts(path: Path, concepts: Any) -> None:
         and all(isinstance(c, dict) and all(isinstance(c.get(key), str) for key in keys) for c in concepts)
     ):
         raise ValueError(f"{path}: its metadata names no concepts, each with {', '.join(keys)}")
+    for concept in concepts:
+        for key in keys:
+            if not concept[key].isprintable():
+                raise ValueError(
+                    f"{path}: the {key} of a concept is {shown(concept[key])}; only what can be read is one"
+                )

@@ -27,10 +27,13 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.reading import parse_written
-from pipeline.release.place import create, make_folder, open_destination
+from pipeline.release.place import create, make_folder, open_destination, read
 
 LONGEST = 86_400
 """Seconds that a lease may last; what says that it lasts longer is none, and must not keep others out for years."""
+
+LONGEST_NAME = 300
+"""Letters of a holder's name that are shown."""
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +155,8 @@ def _read(fs: AbstractFileSystem, path: str, seconds: float) -> tuple[float, str
     """Until when it is held, and by whom. seconds: length of a lease that does not say its own."""
     try:
         try:
-            value = parse_written(fs.cat_file(path), path, is_json=True).value
-            length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])
+            value = parse_written(read(fs, path), path, is_json=True).value
+            length, until, holder = float(value["seconds"]), float(value["until"]), str(value["holder"])[:LONGEST_NAME]
             if not (0 < length <= LONGEST and math.isfinite(until)):
                 raise ValueError(value)
             seconds = length

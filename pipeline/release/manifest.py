@@ -8,18 +8,32 @@ import ntpath
 import os
 import posixpath
 import re
-from typing import Any
+from collections import Counter
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from pipeline.reading import shown
 
 FORMAT = 2
 """2: `sum`, over all of the manifest; manifests of format 1 have `content` only, over the list of files."""
+
+
+class Newer(ValueError):
+    """A later polyconcept wrote the manifest: it is not damaged, and not to be removed."""
 
 
 class Part(BaseModel):
     """A part of a manifest: keys beyond those that are read here are free."""
 
     model_config = ConfigDict(strict=True)
+
+
+def _known(number: int) -> int:
+    if number > FORMAT:
+        raise PydanticCustomError("newer", "a later polyconcept wrote it (format {found}); upgrade", {"found": number})
+    return number
 
 
 class File(Part):
@@ -52,7 +66,7 @@ class Provenance(Part):
 class Described(Part):
     """What is to be published."""
 
-    format: int
+    format: Annotated[int, Field(ge=1), AfterValidator(_known)]
     content: str
     files: dict[str, File]
     provenance: Provenance
@@ -67,14 +81,26 @@ class Manifest(Described):
 
 
 def parse(text: bytes | str, form: type[Described] = Manifest) -> dict[str, Any]:
-    """A manifest as it stands in its file. Raises: ValueError when it is none, or damaged."""
+    """A manifest as it stands in its file.
+
+    Raises: ValueError when it is none, or damaged; Newer when it is of a format that is not known yet.
+    """
     try:
         form.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "newer":
+            raise Newer(first["msg"]) from None
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON. Raises: ValueError for a key that is given twice: readers differ in which one they take."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {shown(twice[0])} is given twice")
+    return dict(pairs)
 
 
 def content_sum(files: dict[str, Any]) -> str:

@@ -81,6 +81,21 @@ def _opened(url: str) -> Place:
     return Place(fs, root, url)
 
 
+def read(fs: AbstractFileSystem, path: str) -> bytes:
+    """A file or object, whole.
+
+    Raises: FileNotFoundError when there is none; ValueError when it is no regular file: a pipe would block.
+    """
+    check_regular(fs, path)
+    return fs.cat_file(path)
+
+
+def check_regular(fs: AbstractFileSystem, path: str) -> None:
+    """Raises: ValueError when a path that is there is no regular file."""
+    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file")
+
+
 def make_folder(fs: AbstractFileSystem, folder: str) -> None:
     """Make a folder where there are folders; object stores have none, and s3fs would make a bucket."""
     if isinstance(fs, LocalFileSystem):

@@ -32,8 +32,16 @@ from tqdm import tqdm
 
 from pipeline.reading import parse_written, shown
 from pipeline.release.lease import lease
-from pipeline.release.manifest import FORMAT, Described, content_sum, leaves_its_folder, own_sum, parse
-from pipeline.release.place import Place, create, make_folder, open_destination, open_place
+from pipeline.release.manifest import FORMAT, Described, Newer, content_sum, leaves_its_folder, own_sum, parse
+from pipeline.release.place import (
+    Place,
+    check_regular,
+    create,
+    make_folder,
+    open_destination,
+    open_place,
+    read,
+)
 from pipeline.release.sign import Sign, has_signature, is_signed, signer, with_signature
 from training.durable import replace, sync_tree
 
@@ -148,6 +156,8 @@ def _described(folder: Path, provenance: dict[str, Any] | None) -> dict[str, Any
     """Manifest of a folder that is to be published, without number and date."""
     own = (folder / MANIFEST, folder / SIGNATURE)
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
+    if odd := [p for p in sorted(folder.rglob("*")) if not p.is_file() and not p.is_dir()]:
+        raise ValueError(f"{odd[0]}: a link that leads nowhere, a pipe or the like; remove it")
     if not paths:
         raise ValueError(f"{folder}: no folder with files in it; nothing to publish")
     for name in (LATEST, CLAIM):
@@ -211,10 +221,14 @@ def verify(release: str, public_key: str = "", project: str = "") -> list[str]:
     place, alias = _resolved(release)
     fs, root, _ = open_place(place)
     try:
-        text = fs.cat_file(f"{root}/{MANIFEST}")
+        text = read(fs, f"{root}/{MANIFEST}")
         manifest = parse(text)
     except FileNotFoundError:
+        if not fs.exists(root):
+            return [f"{posixpath.basename(root)}: no such version{f', but {alias}.json names it' if alias else ''}"]
         return [f"{MANIFEST}: missing; this version was not published whole"]
+    except Newer as error:
+        return [f"{MANIFEST}: {error}"]
     except ValueError as error:
         return [f"{MANIFEST}: damaged: {error}"]
     problems = []
@@ -222,7 +236,7 @@ def verify(release: str, public_key: str = "", project: str = "") -> list[str]:
     if public_key:
         if SIGNATURE not in found:
             problems.append(f"{SIGNATURE}: missing; the release is not signed")
-        elif not is_signed(text, fs.cat_file(f"{root}/{SIGNATURE}"), public_key):
+        elif not is_signed(text, read(fs, f"{root}/{SIGNATURE}"), public_key):
             problems.append(f"{SIGNATURE}: not by this key, or {MANIFEST} was changed")
         if alias:
             problems += alias_problems(fs, posixpath.dirname(root), alias, public_key)
@@ -424,7 +438,7 @@ def alias_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> dict[s
     """
     path = f"{root}/{alias}.json"
     try:
-        content = parse_written(fs.cat_file(path), f"{alias}.json", is_json=True).value
+        content = parse_written(read(fs, path), f"{alias}.json", is_json=True).value
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -486,9 +500,15 @@ def version_of(fs: AbstractFileSystem, root: str, alias: str = "latest") -> str 
 
 
 def manifest_of(fs: AbstractFileSystem, root: str, version: str) -> dict[str, Any] | None:
-    """Manifest of a version; None if it was not published whole, or its manifest is damaged."""
+    """Manifest of a version; None if it was not published whole, or its manifest is damaged.
+
+    Raises: Newer when a later polyconcept wrote it.
+    """
+    path = f"{root}/{version}/{MANIFEST}"
     try:
-        return parse(fs.cat_file(f"{root}/{version}/{MANIFEST}"))
+        return parse(read(fs, path))
+    except Newer as error:
+        raise Newer(f"{path}: {error}") from None
     except (FileNotFoundError, ValueError):
         return None
 
@@ -516,8 +536,8 @@ def _sign_known(
     """Whether a version is signed by the key now. A missing signature, or the beginning of ours (a process was killed
     while it wrote it), is made only where the manifest says the same as the one that would be written: whoever can
     write there may have changed it."""
-    text, place = fs.cat_file(f"{root}/{version}/{MANIFEST}"), f"{root}/{version}/{SIGNATURE}"
-    found = fs.cat_file(place) if fs.exists(place) else b""
+    text, place = read(fs, f"{root}/{version}/{MANIFEST}"), f"{root}/{version}/{SIGNATURE}"
+    found = read(fs, place) if fs.exists(place) else b""
     if is_signed(text, found, signing_key):
         return True
     if _unnumbered(parse(text)) != manifest or not (signature := sign(text)).startswith(found):
@@ -537,6 +557,11 @@ def _changed(fs: AbstractFileSystem, root: str, files: dict[str, tuple[str, int]
     with tqdm(files.items(), desc="verify", unit="file", disable=None) as bar:
         for name, (sha256, size) in bar:
             path = f"{root}/{name}"
+            try:
+                check_regular(fs, path)
+            except ValueError:
+                problems.append(f"{name}: not a regular file")
+                continue
             if (found := fs.info(path)["size"]) != size:
                 problems.append(f"{name}: changed: {found} bytes instead of {size}")
                 continue

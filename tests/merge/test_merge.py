@@ -505,22 +505,39 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
     fits = {name: torch.ones(len(layer.weight), 1) for name, layer in backbone.layers.items()}
     layer = next(iter(fits))
     right, long = {SHARED: torch.ones(1, 192)}, torch.ones(200_000, 1)
-    MergedModel(fits, right, {}).save(file)
+    made = {"base": backbone.digest}
+    MergedModel(fits, right, {}, made).save(file)
     assert load_change(str(file), backbone)[0].keys() == backbone.layers.keys()
     for model, message in (
         (
-            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}),
+            MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}, made),
             r"\(200000, 200000\); this base model has",
         ),
-        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}), r"\(\d+, 1\) and \(2, 192\), do not go together"),
-        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}), "do not go together"),
-        (MergedModel(fits, {SHARED: torch.ones(192)}, {}), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}, made), r"\(\d+, 1\) and \(2, 192\), do not go together"),
+        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}, made), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(192)}, {}, made), "do not go together"),
         (MergedModel(fits, right, {}, {"base": "0123"}), "digest 0123"),
-        (MergedModel(fits, right, {"<x>": [torch.ones(3)]}), "token '<x>' has rows of widths"),
+        (MergedModel(fits, right, {}), "does not say over which base"),
+        (MergedModel(fits, right, {"<x>": [torch.ones(3)]}, made), "token '<x>' has rows of widths"),
     ):
         model.save(file)
         with pytest.raises(ValueError, match=f"m.safetensors: .*{message}"):
             load_change(str(file), backbone)
+
+
+def test_concepts_of_strangers(backbone, tmp_path):
+    """What cannot be read, as a terminal's escape codes, names no concept, and numbers stay finite."""
+    file, captions, good = tmp_path / "b.safetensors", tmp_path / "captions.txt", _weights(backbone, "b", 0)
+    captions.write_text("a cat")
+    for key in ("name", "class_word"):
+        described = [good.metadata["concepts"][0] | {key: "\x1b[31m"}]
+        dataclasses.replace(good, metadata=good.metadata | {"concepts": described}).save(file)
+        with pytest.raises(ValueError, match=rf"b.safetensors: the {key} of a concept is '\\x1b\[31m'"):
+            merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
+    tokens = {"<b>": [1e38 * row.sign() for row in good.tokens["<b>"]]}
+    dataclasses.replace(good, tokens=tokens).save(file)
+    with pytest.raises(ValueError, match=r"b.safetensors: its numbers are too large"):
+        merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
 
 
 def test_sums_of_strangers(backbone, tmp_path):

@@ -119,6 +119,8 @@ def test_values_in_messages_are_short_and_without_passwords():
         ("https://me:pw@host/a and s3://KEY:SE/C+R@bucket/b.", "https://***@host/a and s3://***@bucket/b."),
         ("'sftp://me:p@w@host'", "'sftp://***@host'"),
         ("https://token@host/", "https://***@host/"),
+        ('no bucket "KEY:SE/C+R@bucket" here', 'no bucket "***@bucket" here'),
+        ("a.yaml:3: C:/x@y", None),
         ("https://h/x?a=1&X-Amz-Signature=ab%2F&b=2", "https://h/x?a=1&X-Amz-Signature=***&b=2"),
         ("hf://owner/name@v0001, me@host, s3://b/k@2, http://h:8265/x", None),
     ],
@@ -145,7 +147,11 @@ def test_places(tmp_path, monkeypatch):
     for wrong in ("s3://", "s3:///key", "s3:", "s3:/b/k", "s4://b/k", "https:// /x"):
         with pytest.raises(ValueError, match=r"names no bucket or host|is no URL|on no storage that is known"):
             check_place(wrong)
-    for right in ("", "x:y", "C:/x", "s3://b/k", "memory://x", "file:///x", "/x", "~/x"):
+    for keys in ("s3://KEY:SE/CRET@bucket/k", "simplecache::s3://:SE/CRET@bucket"):
+        with pytest.raises(ValueError, match=r"\*\*\*@bucket.*: keys are not read from an address") as refused:
+            check_place(keys)
+        assert "CRET" not in str(refused.value)
+    for right in ("", "x:y", "s3://bucket/a@b:c@d", "C:/x", "s3://b/k", "memory://x", "file:///x", "/x", "~/x"):
         assert check_place(right) == right
     with pytest.raises(ValueError, match="no folder or URL is named"):
         check_named(" ")

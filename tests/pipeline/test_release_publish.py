@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.release import publish as module
 from pipeline.release.place import plain_destination, plain_place
 from pipeline.release.publish import publish, resolve, verify
+from pipeline.release.versions import gc, listed
 from pipeline.spec import ConceptBatch
 
 Make = Callable[..., Path]
@@ -145,6 +146,44 @@ def test_verify_finds_what_is_wrong(make: Make, destination: str) -> None:
     assert "damaged" in verify(url)[0]
     fs.rm_file(f"{root}/manifest.json")
     assert verify(url) == ["manifest.json: missing; this version was not published whole"]
+
+
+def test_manifests_that_are_none_or_not_known_yet(make: Make, destination: str) -> None:
+    url = publish(make("one"), destination).url
+    fs, root = fsspec.core.url_to_fs(url)
+    manifest = fs.cat_file(f"{root}/manifest.json")
+    for written, message in (
+        (b'"format": -1', "manifest.json: damaged: format: Input should be greater"),
+        (b'"format": 1, "format": 2', "manifest.json: damaged: the key 'format' is given twice"),
+        (b'"format": 99', "manifest.json: a later polyconcept wrote it (format 99); upgrade"),
+    ):
+        fs.pipe_file(f"{root}/manifest.json", manifest.replace(b'"format": 2', written))
+        assert verify(url)[0].startswith(message)
+    fs.pipe_file(f"{destination.removeprefix('memory:/')}/latest.json", b'{"version": "v0009"}')
+    assert verify(destination) == ["v0009: no such version, but latest.json names it"]
+    for use in (listed, lambda place: publish(make("two"), place), lambda place: gc(place, 1)):
+        with pytest.raises(ValueError, match=r"v0001/manifest.json: a later polyconcept"):  # not taken for half-written
+            use(destination)
+
+
+def test_pipes_and_links_that_lead_nowhere(make: Make, tmp_path: Path) -> None:
+    """None of these waits for somebody to write to the pipe."""
+    url, pipe = publish(make("one"), str(tmp_path / "rel")).url, tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for name in ("README.md", "manifest.json"):
+        (Path(url) / name).unlink()
+        (Path(url) / name).symlink_to(pipe)
+        assert any(problem.startswith(f"{name}: ") and "not a regular file" in problem for problem in verify(url))
+    (tmp_path / "rel/latest.json").unlink()
+    os.mkfifo(tmp_path / "rel/latest.json")
+    with pytest.raises(ValueError, match=r"latest.json: damaged: .*not a regular file"):
+        resolve(str(tmp_path / "rel"))
+    folder = make("two")
+    for place in ("gone", pipe):
+        (folder / "link").symlink_to(place)
+        with pytest.raises(ValueError, match=r"link: a link that leads nowhere, a pipe"):
+            publish(folder, str(tmp_path / "new"))
+        (folder / "link").unlink()
 
 
 def test_bad_input(make: Make, destination: str, tmp_path: Path) -> None:

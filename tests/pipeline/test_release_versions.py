@@ -451,6 +451,14 @@ def written(left: float) -> bytes:
     return json.dumps({"holder": "a", "seconds": 30, "until": time.time() + left}).encode()
 
 
+def test_a_long_name_of_a_holder_is_cut(tmp_path: Path) -> None:
+    (tmp_path / ".lease").mkdir()
+    (tmp_path / ".lease/000001.json").write_bytes(written(20).replace(b'"a"', b'"%s"' % (b"x" * 10**6)))
+    with pytest.raises(Busy) as busy, lease(str(tmp_path), 30):
+        pass
+    assert len(str(busy.value)) < 1000
+
+
 def test_a_lease_that_lasts_for_years_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lasts up to 86400"), lease(str(tmp_path), 1e9):
         pass

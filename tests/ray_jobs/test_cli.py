@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import ray
+import torch
 import yaml
 from botocore.exceptions import NoCredentialsError
 from command import run
@@ -29,6 +30,7 @@ from pipeline.release.versions import promote
 from pipeline.spec import MINIATURE
 from ray_jobs import cli, terminal
 from ray_jobs.concept_batch import ray_session
+from training.checkpoint import save_tensors
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
 
@@ -256,6 +258,56 @@ def test_nothing_that_is_read_is_written_over(batch, tmp_path, capsys, command, 
     code, _, err = run(*command.split(), capsys=capsys)
     assert code == 2 and message in err and "give another place" in err, err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge a --captions a --out {}",
+        "merge a --captions a --sums {}",
+        "sample a.safetensors prompt --out {}",
+        "publish folder {}",
+        "preference serve folder --answers {}",
+    ],
+)
+@pytest.mark.parametrize("place", ["pipe.png", "linked.png"])
+def test_a_pipe_is_not_written_over(tmp_path, capsys, monkeypatch, command, place):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.png")
+    os.symlink("pipe.png", "linked.png")
+    (tmp_path / "folder").mkdir()
+    code, _, err = run(*command.format(place).split(), capsys=capsys)
+    assert code == 2 and f"{place}: a pipe or a device; give the path of a" in err, err
+    assert Path("pipe.png").is_fifo() and Path("linked.png").is_symlink()
+    with pytest.raises(ValueError, match="a pipe or a device"):
+        save_tensors(Path(place), {"x": torch.ones(1)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "linked.png", "pipe.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("sample a prompt --guidance nan", "--guidance"),
+        ("sample a prompt --guidance inf", "--guidance"),
+        ("run a --deadline nan", "--deadline"),
+    ],
+)
+def test_numbers_that_are_none(capsys, command, option):
+    code, _, err = run(*command.split(), capsys=capsys)
+    assert code == 2 and option in err and "Invalid value" in err, err
+
+
+@pytest.mark.parametrize("command", ["merge {} --captions {}", "merge {} --captions {} --out {}", "publish {} {}"])
+def test_links_to_themselves(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop.png", "loop.png")
+    code, _, err = run(*command.format(*["loop.png"] * 3).split(), capsys=capsys)
+    assert code == 2 and "error: " in err and "loop.png: " in err and "Traceback" not in err, err
+
+
+def test_a_server_that_is_not_there_is_named(capsys):
+    code, _, err = run("release", "list", "http://me:secret@127.0.0.1:9/x", capsys=capsys)
+    assert code == 2 and "127.0.0.1:9" in err and "secret" not in err, err
 
 
 @pytest.mark.parametrize("place", ["nothing.yaml", "cat", "bytes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_folders_and_dead_links_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.jpg: cannot be read: a link that leads nowhere"):
         load_images(str(tmp_path))
     assert "a link that leads nowhere" in reason(tmp_path, "gone.jpg")
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "linked.png").symlink_to("pipe.png")
+    for place in (tmp_path, tmp_path / "pipe.png", tmp_path / "linked.png"):
+        with pytest.raises(ValueError, match=r".png: not a regular file"):
+            load_images(str(place))
+    photo().save(tmp_path / "a.png")
+    assert [path.name for path in load_images(str(tmp_path)).paths] == ["a.png"]
 
 
 def test_nothing_found_names_the_place(tmp_path: Path) -> None:
