@@ -89,9 +89,8 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     place = [str(tmp_path / "images")]
     cat = Concept(name="cat", images=place, class_word=f"cat {EVIL}")
     evil = Concept.model_construct(name=f"evil {EVIL}", images=tuple(place), class_word="dog", token="<new2>")
-    batch = ConceptBatch(
-        name="demo", store="s3://KEY:pass/word@b/st", concepts=(cat, evil), training={"composition": composition}
-    )
+    batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"composition": composition})
+    batch = batch.model_copy(update={"store": "s3://KEY:pass/word@b/st"})  # read from a file it would be refused
     store = Store(str(tmp_path / "store"))
     stages = []
 

@@ -183,7 +183,7 @@ def test_a_new_category_has_no_token(backbone, concepts, settings, tmp_path):
 
 
 def test_new_categories_and_new_tokens_share_a_pack(backbone, same_weights, concepts, settings, tmp_path):
-    settings = dataclasses.replace(settings, steps=3)
+    settings = dataclasses.replace(settings, steps=3, learning_rate=3e-5, token_learning_rate=3e-5)
     category = dataclasses.replace(concepts[0], token="")
     members = [Member([c], settings, tmp_path / f"{i}") for i, c in enumerate([concepts[1], category])]
     first, second = dict((m.scratch.name, r) for m, r in train(backbone, members)).values()
