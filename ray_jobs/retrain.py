@@ -113,7 +113,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
     if unchanged(plan) and latest:
         if not seen:
             check()
-            promote(current, signing_key=asked.publish.signing_key)
+            promote(current, signing_key=asked.signing_key)
         version = known[plan.stages[-1].key]
         event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
         log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
@@ -178,7 +178,7 @@ def _latest_alias(destination: str) -> dict[str, Any]:
 
 def _check_signature(asked: Retraining, destination: str, alias: dict[str, Any]) -> None:
     """Raises: ValueError when whoever named the latest release, which the gate compares with, had not the key."""
-    key = asked.publish.signing_key
+    key = asked.signing_key
     if not (key and alias):
         return
     if "signature" not in alias:  # of a time before aliases were signed, or moved without the key

@@ -87,20 +87,15 @@ def check_clip(model: str) -> None:
     """
     folder = Path(model)
     if folder.is_dir():
-        config, weights = folder / "open_clip_config.json", sorted(folder.glob("*.safetensors"))
-        if not config.is_file() or not weights:
-            found = sorted(path.name for path in folder.iterdir())
-            raise ValueError(
-                f"CLIP directory {model} needs open_clip_config.json and a .safetensors file; found {found}"
-            )
-        place = config
+        _weights(folder)  # which are meant
+        place = config = folder / "open_clip_config.json"
         try:
             described = json.loads(config.read_text(encoding="utf-8"))
             if not isinstance(described, dict) or "model_cfg" not in described:
                 raise ValueError("model_cfg is missing")
             if "trust_remote_code" in json.dumps(described):  # open_clip would hand it on to the tokenizer
                 raise ValueError("it asks for code of its own to be run (trust_remote_code); take that out")
-            for place in weights:
+            for place in sorted(folder.glob("*.safetensors")):
                 safe_open(place, framework="pt")
         except (ValueError, OSError, SafetensorError) as error:  # a pointer of Git LFS, too
             raise ValueError(f"CLIP directory {model}: {place.name} is not whole: {error}") from None
