@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 import ray
 import torch
@@ -506,7 +507,10 @@ def test_killed_and_started_again(batch, tmp_path):
     while not list(store.glob(".scratch/*/checkpoint.safetensors")) and first.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
+    # all of it, as when the machine is lost: left alone, its workers go on for a moment, and write over the damage
+    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     first.wait()
     stamps = {p: p.stat().st_mtime_ns for p in store.rglob("manifest.json")}
     assert 0 < len(stamps) < 16
