@@ -548,11 +548,11 @@ def _write_key(path: Path) -> None:
 
 def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
     """The training of a pack, and the ends of both jobs: from the finished store to the report."""
-    import torch
-
     from pipeline.plan import make_plan
     from pipeline.spec import load_batch, load_retraining
-    from pipeline.stages import _backbone, _member
+    from pipeline.stages.pack import member_of
+    from pipeline.stages.resident import resident_base
+    from pipeline.stages.train import Train
     from pipeline.store import Store
     from ray_jobs.concept_batch import run
     from ray_jobs.retrain import retrain
@@ -569,13 +569,13 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
 
     shutil.copytree(batch.made, place, dirs_exist_ok=True)
     plan = make_plan(load_batch(place / "batch.yaml"))
-    trainings = plan.of("train")
+    trainings = plan.of(Train)
     with contextlib.redirect_stderr(io.StringIO()):  # bars
-        backbone = _backbone(trainings[0].places["base"], torch.float32)
+        backbone = resident_base(trainings[0].places.base)
 
     def teach(folder: Path) -> None:
         store = Store(str(folder / "out/store"))
-        members = [_member(stage, store) for stage in trainings]
+        members = [member_of(stage, store) for stage in trainings]
         of = {id(member): stage.name for member, stage in zip(members, trainings, strict=True)}
         shutil.rmtree(folder / "weights", ignore_errors=True)
         (folder / "weights").mkdir()

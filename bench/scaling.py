@@ -1,6 +1,6 @@
 """Prints the tables of docs/scaling.md: what 10, 1 000 and 100 000 concepts would take on 8 to 512 GPUs, modelled.
 
-Stable Diffusion 1.4's shapes, the default settings, 512 pixels, 400 million captions; see `pipeline.scaling` for the
+Stable Diffusion 1.4's shapes, the default settings, 512 pixels, 400 million captions; see `pipeline.cost` for the
 model and the assumptions about a cluster. The last line printed is one JSON object.
 """
 
@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 import torch
 
-from pipeline.plan import Plan
-from pipeline.scaling import Cluster, describe, duration, predict
+from pipeline.cost.cluster import Cluster
+from pipeline.cost.prediction import describe, duration, predict
+from pipeline.plan import Plan, training_of
 from pipeline.spec import ConceptBatch
 
 CAPTIONS = 400_000_000
@@ -65,7 +66,8 @@ def main() -> None:
             "training": {"precision": "bf16"},
             "evaluation": {"clip": "ViT-B-32/laion2b_s34b_b79k"},
         }
-        plan = Plan(ConceptBatch.model_validate(batch), (), ())  # a prediction is of the settings, not of stages
+        asked = ConceptBatch.model_validate(batch)
+        plan = Plan(asked, (training_of(asked, "base", asked.concepts, ()),))  # a prediction is of the settings
         found = {
             (concepts, nodes): predict(plan, cluster_of(nodes), concepts=concepts, captions=CAPTIONS)
             for concepts in CONCEPTS

@@ -15,8 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pipeline.plan import Plan, Stage, of_bare_class
+from pipeline.plan import Plan
 from pipeline.spec import Gate, base_path
+from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.merge import KnownMerge
+from pipeline.stages.released import Released
+from pipeline.stages.stage import Stage
 from pipeline.store import Store
 from training.base import base_digest
 
@@ -61,17 +65,6 @@ class Verdict:
         )
 
 
-@dataclass(frozen=True)
-class _Merged(Stage):
-    """The merge a release was made of, by the key its manifest tells."""
-
-    known: str = ""
-
-    @property
-    def key(self) -> str:  # type: ignore[override]
-        return self.known
-
-
 def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) -> Plan:
     """The stages that measure the current release as the plan measures its own: concept by concept where both have it,
     and all bare classes of the plan, which any model can draw.
@@ -91,34 +84,35 @@ def baseline(plan: Plan, current: dict[str, Any], release: str, store: Store) ->
             f"{release}: its manifest does not say {error}: not made by a batch, nothing to compare with"
         ) from None
     stages = plan.evaluations()
-    places: dict[str, str] = {}
-    if base["digest"] != next(iter(stages.values()))["merged"].params["base"]:
-        places["base"] = base_path(base["name"], plan.batch.folder)
+    own = next(iter(stages.values()))["merged"]
+    base_place = own.places.base
+    if base["digest"] != own.base:
+        base_place = base_path(base["name"], plan.batch.folder)
         # a folder's name without where it lay: nothing to ask the hub for
         is_unknown = base["name"] != "miniature" and "/" not in base["name"]
-        if is_unknown or base_digest(places["base"]) != base["digest"]:
+        if is_unknown or base_digest(base_place) != base["digest"]:
             raise ValueError(
                 f"{release}: its base model {base['name']!r} is another by now; to go on without a comparison, publish "
                 "to another place, or by `polyconcept run`"
             )
-    merge: Stage = _Merged("merge", "current", {}, known=made.get("merge all concepts", ""))
-    before: list[Stage] = []
-    if not store.has("merge", merge.key):
-        merge = Stage("released", current["version"], {"sha256": weights}, places={"release": release})
+    merge: Stage[Any] = KnownMerge(name="current", known=made.get("merge all concepts", ""))
+    before: list[Stage[Any]] = []
+    if not merge.is_in(store):
+        merge = Released(name=current["version"], sha256=weights, places=Released.Places(release))
         before = [merge]
     measured = [
         dataclasses.replace(
             models["merged"],
             name=f"{name}: current",
-            params=models["merged"].params | {"base": base["digest"]},
+            base=base["digest"],
             inputs=(merge,),
-            places=models["merged"].places | places,
+            places=dataclasses.replace(models["merged"].places, base=base_place),
         )
         for name, models in stages.items()
     ]
-    released = {name: [entry["token"], entry["class_word"]] for name, entry in concepts.items()}
+    released = {name: (entry["token"], entry["class_word"]) for name, entry in concepts.items()}
     # one that is new, or another thing under an old name, has nothing to be compared with but its class
-    both = [stage for stage in measured if released.get(stage.params["concept"]) == stage.params["phrase"]]
+    both = [stage for stage in measured if released.get(stage.concept) == stage.phrase]
     return Plan(plan.batch, (*before, *both, *_of_bare_classes(measured)), ())
 
 
@@ -128,9 +122,9 @@ def retention(plan: Plan) -> Plan:
     return Plan(plan.batch, (*measured, *_of_bare_classes(measured)), ())
 
 
-def _of_bare_classes(evaluations: Sequence[Stage]) -> list[Stage]:
+def _of_bare_classes(evaluations: Sequence[Evaluate]) -> list[Evaluate]:
     """Of a new category, whose class word is the concept, none."""
-    return [of_bare_class(stage) for stage in evaluations if stage.params["phrase"][0]]
+    return [stage.of_bare_class() for stage in evaluations if stage.phrase.token]
 
 
 def judge(
@@ -174,9 +168,9 @@ def scores_of(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     alone where the model does not have the concept."""
     tokens = {concept.name: concept.token for concept in plan.batch.concepts}
     tables: dict[str, pd.DataFrame] = {}
-    for stage in plan.of("evaluate"):
-        name, scores = stage.params["concept"], pd.read_parquet(store.path(stage.kind, stage.key) / "scores.parquet")
-        if stage.params["phrase"][0] == tokens[name]:
+    for stage in plan.of(Evaluate):
+        name, scores = stage.concept, stage.result(store).table()
+        if stage.phrase.token == tokens[name]:
             scores = scores.drop(columns="model")
         else:  # of the bare class, which comes after
             scores = scores[["prompt", "seed", "text"]].rename(columns={"text": "retention"})

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pipeline.estimate import disk_bytes
+from pipeline.cost.of_plan import disk_bytes
 from pipeline.plan import Plan
 from pipeline.release.hub import check_access
 from pipeline.spec import Settings

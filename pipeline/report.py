@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,19 +17,23 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import safe_open
 
 from pipeline.places import masked
-from pipeline.plan import Plan, Stage
-from pipeline.stages import measures, regularization_set
+from pipeline.plan import Plan
+from pipeline.stages.candidates import Candidates
+from pipeline.stages.drawn import Model
+from pipeline.stages.evaluate import Evaluate, measures
+from pipeline.stages.generated import Generated
+from pipeline.stages.merge import Merge
+from pipeline.stages.pack import Trained
+from pipeline.stages.regularization import Regularization
+from pipeline.stages.train import Train
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
-from retrieval.select import left_out
 from training.images import load_images
 from training.methods import METHODS
 
@@ -52,7 +55,7 @@ CHART: dict[Any, Any] = {
     "grid.color": "#767b84",
     "grid.alpha": 0.2,
 }
-COLOURS = {"base": "#8b9099", "single": "#3b82d6", "merged": "#e07a2f"}
+COLOURS: dict[Model, str] = {"base": "#8b9099", "single": "#3b82d6", "merged": "#e07a2f"}
 
 
 # --- figures -------------------------------------------------------------------------------------------
@@ -66,15 +69,15 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     over the concepts), `left_out` (what retrieval did not use, in sentences), `worst` (the least favourable concept of
     each comparison), `merge`, `residuals` and `drift` (before and after compression) and `bytes`.
     """
-    (merge,) = plan.of("merge")
-    folder = store.path("merge", merge.key)
-    merged = json.loads((folder / "report.json").read_text())
+    (merge,) = plan.of(Merge)
+    made = merge.result(store)
+    merged = made.report()
     seconds: dict[str, dict[str, float]] = {}
     for stage in plan:
         seconds.setdefault(stage.kind, {})[stage.name] = store.manifest(stage.kind, stage.key)["seconds"]
     sizes = dict(merged["bytes"])
-    if (full := folder / "full.safetensors").exists():
-        sizes["merged_factors"] = full.stat().st_size
+    if made.full_file.exists():
+        sizes["merged_factors"] = made.full_file.stat().st_size
     concepts = {name: _figures(stages, plan, store) for name, stages in plan.evaluations().items()}
     figures = {
         "name": plan.batch.name,
@@ -125,12 +128,11 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
     return result
 
 
-def _figures(stages: dict[str, Stage], plan: Plan, store: Store) -> dict[str, Any]:
-    table = pd.concat([pd.read_parquet(store.path(s.kind, s.key) / "scores.parquet") for s in stages.values()])
+def _figures(stages: dict[Model, Evaluate], plan: Plan, store: Store) -> dict[str, Any]:
+    tables = [stage.result(store).table() for stage in stages.values()]
     stage = stages["merged"]
-    token, class_word = stage.params["phrase"]
-    figures: dict[str, Any] = {"token": token, "class_word": class_word, **measures(table), **compare(table)}
-    regularization = _regularization(stage.params["concept"], plan, store)
+    figures: dict[str, Any] = {**stage.phrase._asdict(), **measures(tables), **compare(pd.concat(tables))}
+    regularization = _regularization(stage.concept, plan, store)
     if regularization is not None:
         keys = ("asked", "got", "statuses", "shortfall")
         figures["regularization"] = {key: getattr(regularization, key) for key in keys}
@@ -138,9 +140,9 @@ def _figures(stages: dict[str, Stage], plan: Plan, store: Store) -> dict[str, An
 
 
 def _regularization(concept: str, plan: Plan, store: Store) -> RegularizationSet | None:
-    for stage in (*plan.of("regularization"), *plan.of("generated")):
+    for stage in (*plan.of(Regularization), *plan.of(Generated)):
         if stage.name == concept:
-            return regularization_set(store.path(stage.kind, stage.key))
+            return stage.result(store).load()
     return None
 
 
@@ -152,26 +154,24 @@ def _left_out(plan: Plan, store: Store) -> list[str]:
         "unscored": "have no NSFW score, which max_nsfw asks for",
         "blocked": "are on the block list",
     }
-    for stage in plan.of("candidates"):
-        folder = store.path("candidates", stage.key)
-        # of all the same corpus; not there in stores of earlier versions
-        if not said and (counts := folder / "corpus.json").exists():
-            rows, used = (json.loads(counts.read_text())[key] for key in ("rows", "used"))
+    for stage in plan.of(Candidates):
+        found = stage.result(store)
+        if not said and (counts := found.corpus_rows()):  # of all the same corpus
+            rows, used = counts
             if used < rows:
                 said.append(
                     f"The corpus: {rows - used} of {rows} rows are left out: they have no url or caption, text that is "
                     "not UTF-8, or a broken embedding."
                 )
-        dropped = left_out(pq.read_schema(folder / "candidates.parquet"))
+        dropped = found.left_out()
         said += [
             f"“{stage.name}”: {dropped[reason]} captions are left out: they {words}."
             for reason, words in why.items()
             if reason in dropped
         ]
-    for stage in plan.of("regularization"):
-        blocked = regularization_set(store.path("regularization", stage.key)).statuses.get("blocked")
-        if blocked:
-            said.append(f"{stage.name}: {blocked} downloaded images are left out: they are on the block list.")
+    for source in plan.of(Regularization):
+        if blocked := source.result(store).load().statuses.get("blocked"):
+            said.append(f"{source.name}: {blocked} downloaded images are left out: they are on the block list.")
     return said
 
 
@@ -265,10 +265,10 @@ def _concepts(plan: Plan, store: Store, figures: dict[str, Any]) -> list[dict[st
     trainings: dict[str, str] = {}
     for name, stages in evaluations.items():
         stage = stages["single"]
-        own = load_images(stage.places["images"]).images
+        own = load_images(list(stage.places.images)).images
         regularization = _regularization(name, plan, store)
         nearest = itertools.islice(regularization or [], thumbnails)
-        (trained,) = stage.inputs_of("train")
+        (trained,) = stage.inputs_of(Train)
         first = trainings.setdefault(trained.key, name)
         shown.append(
             {
@@ -279,36 +279,32 @@ def _concepts(plan: Plan, store: Store, figures: dict[str, Any]) -> list[dict[st
                 "regularization": [(_thumbnail(image), caption) for image, caption in nearest],
                 "trained_as": trained.name,
                 # concepts trained together share a curve, shown once
-                "training": _training(store.path("train", trained.key)) if first == name else None,
+                "training": _training(trained.result(store)) if first == name else None,
                 "training_at": first,
                 "prompts": _drawn(stages, store)[:prompts],
-                "prompt_count": len(stage.params["prompts"]),
+                "prompt_count": len(stage.prompts),
             }
         )
     return shown
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def _training(made: Trained) -> dict[str, Any]:
     """Loss curve and up to six sample grids, the last among them."""
-    with safe_open(folder / "weights.safetensors", framework="np") as file:
-        losses = json.loads(file.metadata()["polyconcept"])["losses"]
-    grids = sorted(folder.glob("samples-*.png"))
+    losses, grids = made.losses(), made.grids()
     chosen = sorted({round(i) for i in np.linspace(0, len(grids) - 1, min(6, len(grids)))})
     return {
         "steps": len(losses),
         "chart": _loss_chart(losses),
-        "grids": [(int(grids[i].stem.split("-")[1]), _data_uri(Image.open(grids[i]))) for i in chosen],
+        "grids": [(step, _data_uri(Image.open(file))) for step, file in (grids[i] for i in chosen)],
     }
 
 
-def _drawn(stages: dict[str, Stage], store: Store) -> list[dict[str, Any]]:
+def _drawn(stages: dict[Model, Evaluate], store: Store) -> list[dict[str, Any]]:
     """Per prompt, the row of images that each model drew from the same seeds."""
-    prompts = stages["merged"].params["prompts"]
-    grids = {
-        model: Image.open(store.path("evaluate", stages[model].key) / "images.png").convert("RGB") for model in COLOURS
-    }
+    prompts = stages["merged"].prompts
+    grids = {model: stages[model].result(store).grid().convert("RGB") for model in COLOURS}
     side = grids["base"].height // len(prompts)
-    phrase = " ".join(stages["merged"].params["phrase"])
+    phrase = " ".join(stages["merged"].phrase)
     return [
         {
             "prompt": prompt.replace("{}", phrase),

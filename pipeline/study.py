@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from pipeline.checks import check_pair
 from pipeline.evaluation.composition import Composed, composition
 from pipeline.evaluation.intervals import Estimate, mean, share
 from pipeline.evaluation.kid import kid
@@ -27,16 +28,20 @@ from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
 from pipeline.places import located
-from pipeline.plan import Plan, Stage, check_pair, make_plan, of_bare_class, of_pair
+from pipeline.plan import Plan, make_plan
 from pipeline.reading import LONGEST_NAME, shown
 from pipeline.sampling import grid
 from pipeline.spec import BatchFile, Place, Section, Seed, batch_from, clip_path, local_folder, read_mapping, validated
-from pipeline.stages import regularization_set
+from pipeline.stages.compose import Compose
+from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.merge import Merge
+from pipeline.stages.regularization import Regularization
+from pipeline.stages.stage import Stage
+from pipeline.stages.train import Train
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
 from training.backbone import Backbone
 from training.methods import METHODS
-from training.weights import ConceptWeights
 
 SCORES = ("text", "image", "identity")
 HEADS = {
@@ -129,8 +134,8 @@ class Case:
     variant: str
     seed: int
     plan: Plan
-    stages: dict[str, dict[str, Stage]]
-    pairs: tuple[dict[str, Stage], ...] = ()
+    stages: dict[str, dict[str, Evaluate]]
+    pairs: tuple[dict[str, Compose], ...] = ()
 
 
 def load_study(path: Path) -> Study:
@@ -203,19 +208,20 @@ def _case(table: Table, variant: str, seed: int, plan: Plan) -> Case:
     for concept, models in plan.evaluations().items():
         if not table.concepts or concept in table.concepts:
             tuned = models[table.model]
-            stages[concept] = {"base": models["base"], "tuned": tuned, "class": of_bare_class(tuned)}
-    pairs: tuple[dict[str, Stage], ...] = ()
+            stages[concept] = {"base": models["base"], "tuned": tuned, "class": tuned.of_bare_class()}
+    pairs: tuple[dict[str, Compose], ...] = ()
     if table.pair_prompts:
         try:
             check_pair(plan.batch, plan.batch.concepts, table.pair_prompts)
         except ValueError as error:
             raise ValueError(f"pair_prompts: {error}") from None
         first, second = stages.values()
-        pairs = ({m: of_pair(first[m], second[m], table.pair_prompts) for m in ("base", "tuned")},)
-    wanted = [stage for each in (*stages.values(), *pairs) for stage in each.values()]
-    needed: dict[str, Stage] = {}
+        pairs = ({m: Compose.of(first[m], second[m], table.pair_prompts) for m in ("base", "tuned")},)
+    wanted: list[Stage[Any]] = [stage for each in stages.values() for stage in each.values()]
+    wanted += [stage for pair in pairs for stage in pair.values()]
+    needed: dict[str, Stage[Any]] = {}
 
-    def need(stage: Stage) -> None:
+    def need(stage: Stage[Any]) -> None:
         for source in stage.inputs:
             need(source)
         needed[stage.key] = stage
@@ -234,11 +240,12 @@ def pairs_of(made: Sequence[Case], store: Store, clip: ClipModel) -> pd.DataFram
         words: dict[tuple[str, str], tuple[str, str]] = {}
         for case in group:
             for pair in case.pairs:
-                first, second = pair["tuned"].params["concepts"]
-                words[first, second] = tuple(word for _, word in pair["tuned"].params["phrases"])
+                first, second = pair["tuned"].concepts
+                one, other = pair["tuned"].phrases
+                words[first, second] = one.class_word, other.class_word
                 own = drawn.setdefault((first, second), {"base": [], "tuned": []})
                 for model, stage in pair.items():
-                    own[model].append(pd.read_parquet(store.path(stage.kind, stage.key) / "appearance.parquet"))
+                    own[model].append(stage.result(store).table())
         composed = []
         for names, models in drawn.items():
             tuned, base = pd.concat(models["tuned"]), models["base"][0]  # the base is one, whatever the seed
@@ -256,16 +263,16 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
     tower = clip_tower(clip)
     real: dict[str, np.ndarray] = {}
     for case in made:
-        for stage in case.plan.of("regularization"):
+        for stage in case.plan.of(Regularization):
             if stage.name not in real:
-                images = [image for image, _ in regularization_set(store.path(stage.kind, stage.key))]
+                images = [image for image, _ in stage.result(store).load()]
                 real[stage.name] = _directions(tower.features(images))
     seen: dict[str, np.ndarray] = {}
 
-    def features(stage: Stage) -> np.ndarray:
+    def features(stage: Evaluate) -> np.ndarray:
         """Of its images; tables share evaluations."""
         if stage.key not in seen:
-            seen[stage.key] = tower.features(_images(stage, store))
+            seen[stage.key] = tower.features(stage.result(store).images())
         return seen[stage.key]
 
     frames, summaries = [], []
@@ -284,7 +291,7 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
                 drawn = np.concatenate([_directions(features(s["class"])) for s in own])
                 distances.append(kid(drawn, real[concept], resamples=100))
             for stages in own:
-                prompts = _table(stages["tuned"], store)["prompt"].tolist()
+                prompts = stages["tuned"].result(store).table()["prompt"].tolist()
                 if len(prompts) > len(set(prompts)):
                     spreads += diversity(features(stages["tuned"]), prompts).values()
         if distances:
@@ -315,16 +322,8 @@ def _grouped(made: Sequence[Case]) -> list[tuple[tuple[str, str], list[Case]]]:
     return list(groups.items())
 
 
-def _table(stage: Stage, store: Store) -> pd.DataFrame:
-    return pd.read_parquet(store.path(stage.kind, stage.key) / "scores.parquet")
-
-
-def _images(stage: Stage, store: Store) -> list[Image.Image]:
-    return [Image.open(file) for file in sorted((store.path(stage.kind, stage.key) / "images").iterdir())]
-
-
 def _scores(case: Case, concept: str, store: Store) -> pd.DataFrame:
-    base, tuned, bare = (_table(case.stages[concept][which], store) for which in ("base", "tuned", "class"))
+    base, tuned, bare = (case.stages[concept][which].result(store).table() for which in ("base", "tuned", "class"))
     place = {"table": case.table, "variant": case.variant, "seed": case.seed, "concept": concept}
     frame = tuned.drop(columns="model").rename(columns={"seed": "image_seed"}).assign(**place)
     return frame.assign(drift=bare["text"] - base["text"], moongate=bare["image"] - base["image"])
@@ -347,8 +346,8 @@ def weight_changes(made: Sequence[Case], store: Store, backbone: Backbone) -> pd
     for case in made:
         if METHODS[case.plan.batch.training.method].unet != "all":
             continue
-        for stage in case.plan.of("train"):
-            deltas = ConceptWeights.load(store.path(stage.kind, stage.key) / "weights.safetensors").deltas
+        for stage in case.plan.of(Train):
+            deltas = stage.result(store).weights().deltas
             changes: dict[str, list[float]] = {}
             for name, delta in deltas.items():
                 plain = name.removeprefix("unet.")
@@ -413,18 +412,18 @@ def _costs(table: Table, made: Sequence[Case], store: Store) -> pd.DataFrame:
     of the file that is measured (the trained weights, or the merged file)."""
     rows = []
     for case in made:
-        trained = case.plan.of("train")
+        trained = case.plan.of(Train)
         if table.model == "merged":
-            (merged,) = case.plan.of("merge")
-            files = [store.path(merged.kind, merged.key) / "merged.safetensors"]
+            (merged,) = case.plan.of(Merge)
+            files = [merged.result(store).file]
         else:
-            files = [store.path(stage.kind, stage.key) / "weights.safetensors" for stage in trained]
-        count = sum(len(stage.params["concepts"]) for stage in trained)
+            files = [stage.result(store).file for stage in trained]
+        count = sum(len(stage.concepts) for stage in trained)
         rows.append(
             {
                 "variant": case.variant,
                 "concepts": count if table.model == "merged" else 1,
-                "steps": np.mean([stage.params["training"]["steps"] for stage in trained]),
+                "steps": np.mean([stage.training.steps for stage in trained]),
                 "seconds": sum(store.manifest(s.kind, s.key)["seconds"] for s in trained) / count,
                 "megabytes": np.mean([file.stat().st_size for file in files]) / 1e6,
             }
@@ -523,7 +522,8 @@ def _samples(table: Table, made: Sequence[Case], store: Store, path: Path) -> No
         for case in made:
             if (case.table, case.variant, case.seed) == (table.name, variant.name, first):
                 for stages in case.stages.values():
-                    images, prompts = _images(stages["tuned"], store), _table(stages["tuned"], store)["prompt"]
+                    drawn = stages["tuned"].result(store)
+                    images, prompts = drawn.images(), drawn.table()["prompt"]
                     row += [images[i] for i in range(len(images)) if i == 0 or prompts[i] != prompts[i - 1]]
         rows.append(row[:12])
         labels.append(variant.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.plan import Stage
-from pipeline.stages import count_rows
-from pipeline.store import Store
 from retrieval.clip import load_clip
-from retrieval.corpus import corpus_files, precomputed, read_corpus
-from retrieval.index import Hits, build_index_from_blocks, merge_hits, read_header, search
+from retrieval.corpus import corpus_files, read_corpus
+from retrieval.index import Hits, merge_hits, read_header, search
 from retrieval.select import Search
 
 BATCH = 8192
 """Captions an actor encodes at a time."""
-
-
-def on_actors(stage: Stage, devices: int) -> bool:
-    """Whether a stage is the encoding of a corpus that several devices can share: one of more than one file."""
-    if stage.kind != "index" or devices < 2 or stage.places["corpus"] == "miniature":
-        return False
-    return not precomputed(stage.places["corpus"]) and len(corpus_files(stage.places["corpus"])) > 1
-
-
-def index_on_actors(stage: Stage, store: Store, *, devices: int, cpus: int, gpus: bool) -> None:
-    """Make the artifact of a stage of the kind `index`, one encoding actor on each device."""
-    if store.has(stage.kind, stage.key):
-        return
-    clip = stage.places["clip"]
-    blocks = encoded_corpus(stage.places["corpus"], clip, actors=devices, cpus=cpus, gpus=gpus)
-    with store.create(stage.kind, stage.key, {"name": stage.name, "params": stage.params}) as out:
-        build_index_from_blocks(blocks, out / "index", model=load_clip(clip).digest)
-        count_rows(out, stage.places["corpus"])
 
 
 def encoded_corpus(
@@ -86,22 +65,21 @@ class _Encoder:
         return rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
 
 
-def search_on_cluster(stage: Stage, root: str) -> Search:
-    """A search of the index that a stage of the kind `candidates` reads: a task for each core, or shard if they are
-    fewer. It finds exactly what `retrieval.index.search` finds."""
-    (index,) = stage.inputs
+def search_on_cluster(index: Callable[[], Path]) -> Search:
+    """A search of the index in the folder that `index` finds, on whichever node it is called: a task for each core, or
+    shard if they are fewer. It finds exactly what `retrieval.index.search` finds."""
 
     def search(index_dir: Path, queries: np.ndarray, k: int) -> Hits:
         shards = len(read_header(index_dir)["shards"])
         parts = max(1, min(shards, int(ray.cluster_resources().get("CPU", 1))))
         bounds = [shards * i // parts for i in range(parts + 1)]
         put = ray.put(queries)
-        tasks = [_search.remote(root, index, put, k, range(first, last)) for first, last in itertools.pairwise(bounds)]
+        tasks = [_search.remote(index, put, k, range(first, last)) for first, last in itertools.pairwise(bounds)]
         return merge_hits(ray.get(tasks), k)
 
     return search
 
 
 @ray.remote(num_cpus=1, max_retries=2)
-def _search(root: str, index: Stage, queries: np.ndarray, k: int, shards: range) -> Hits:
-    return search(Store(root).path(index.kind, index.key) / "index", queries, k, shards)
+def _search(index: Callable[[], Path], queries: np.ndarray, k: int, shards: range) -> Hits:
+    return search(index(), queries, k, shards)

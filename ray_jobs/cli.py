@@ -154,9 +154,11 @@ def plan(
     ] = None,
 ) -> None:
     """Print the stages, what is done already, and what the rest will cost. Does nothing."""
-    from pipeline.estimate import estimates, pack_bytes, pack_size
+    from pipeline.cost.of_plan import estimates
     from pipeline.plan import make_plan
     from pipeline.ready import check_ready
+    from pipeline.stages.merge import Merge
+    from pipeline.stages.train import Train
     from pipeline.store import Store
 
     if not cluster and (concepts or captions):
@@ -167,7 +169,8 @@ def plan(
     batch = _load(batch_file, output)
     made = make_plan(batch)
     if cluster:
-        from pipeline.scaling import describe, load_cluster, predict
+        from pipeline.cost.cluster import load_cluster
+        from pipeline.cost.prediction import describe, predict
 
         nodes, count = load_cluster(cluster), concepts or len(batch.concepts)
         phases, packed = predict(made, nodes, concepts=count, captions=captions or 1_000_000)
@@ -181,7 +184,7 @@ def plan(
     seconds = 0.0
     needs: dict[str, float] = {}  # kind -> GiB of what is to do
     for stage in made:
-        done = store.has(stage.kind, stage.key)
+        done = stage.is_in(store)
         estimate = cost[stage.key]
         if not done:
             seconds += estimate.seconds or 0
@@ -194,18 +197,18 @@ def plan(
     for note in notes:
         print(f"note: {note}")
     ranks, has = batch.training.ranks, device.memory / 2**30
-    if trainings := [stage for stage in made.todo(store) if stage.kind == "train"]:
-        packs = -(-len(trainings) // pack_size(made, device))
+    if trainings := [training for training in made.of(Train) if not training.is_in(store)]:
+        packs = -(-len(trainings) // trainings[0].pack_size(device))
         largest = -(-len(trainings) // packs)
-        gib = pack_bytes(made, largest, cuda=device.cuda) / 2**30
+        gib = trainings[0].pack_bytes(largest, cuda=device.cuda) / 2**30
         # ranks have a GPU each, but share the memory of a machine
-        needs["train"] = gib if device.cuda else gib * ranks
+        needs[Train.kind] = gib if device.cuda else gib * ranks
         print(
             f"packs of up to {largest} concepts, {gib:.2f} GiB{f' a rank of {ranks}' if ranks > 1 else ''}, of "
             f"{has:.1f} GiB on this machine"
         )
     if device.cuda:
-        needs.pop("merge", None)  # not of the GPU's memory
+        needs.pop(Merge.kind, None)  # not of the GPU's memory
     for kind, gib in needs.items():
         if gib > has:
             print(f"does not fit: {kind} needs {gib:.1f} GiB, of {has:.1f} GiB on this machine")
@@ -222,7 +225,7 @@ def _this_device():
     import torch
     from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 
-    from pipeline.estimate import Device
+    from pipeline.cost.estimate import Device
 
     if torch.cuda.is_available():
         return Device(0.9 * torch.cuda.get_device_properties(0).total_memory, cuda=True)

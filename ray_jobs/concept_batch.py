@@ -6,7 +6,6 @@ cluster, Ray is started on this machine.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import enum
 import functools
@@ -18,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipeline.estimate import Device, pack_size, stage_bytes
+from pipeline.checks import UnusableConcepts
+from pipeline.cost.estimate import Device
+from pipeline.cost.of_plan import stage_bytes
 from pipeline.places import masked
-from pipeline.plan import VERSIONS, Plan, Stage, UnusableConcepts, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.ready import check_ready
 from pipeline.release.hub import push
 from pipeline.release.manifest import public
@@ -43,35 +44,23 @@ from pipeline.release.publish import publish
 from pipeline.release.sign import signer
 from pipeline.report import summary, write_report
 from pipeline.spec import Concept, ConceptBatch, Settings
-from pipeline.stages import find_candidates, run_stage, shown, train_pack
+from pipeline.stages import STAGES
+from pipeline.stages.evaluate import score_columns
+from pipeline.stages.features import Features
+from pipeline.stages.index import Index
+from pipeline.stages.stage import Progress, Stage
 from pipeline.store import Store, content_key
 from ray_jobs.board import Board, Failure, Notes
-from ray_jobs.captions import index_on_actors, on_actors, search_on_cluster
+from ray_jobs.captions import encoded_corpus, search_on_cluster
 from ray_jobs.limits import EXIT as OUT_OF_TIME
 from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.metrics import trainings_ended
-from ray_jobs.ranks import on_ranks, train_on_ranks
+from ray_jobs.ranks import progress_to, run_on_ranks
 from ray_jobs.same_code import SameCode, code_here
 from ray_jobs.terminal import print, printable
+from retrieval.select import Search
 from training.base import base_digest
 from training.durable import replace
-from training.tokens import spelling
-
-ON_DEVICE = {
-    "index": 1,
-    "candidates": 1,
-    "generated": 4,
-    "features": 4,
-    "train": 1,
-    "constraints": 4,
-    "merge": 1,
-    "evaluate": 4,
-    "compose": 4,
-    "release": 1,
-}
-"""Kinds of stages that run the model, on a GPU where the cluster has any; and how many of them share a node's cores
-where it has none. However many there are to do, and whatever runs beside them: the number of threads changes rounding,
-and a stage is to give the same bits each time."""
 
 
 class Exit(enum.IntEnum):
@@ -123,9 +112,7 @@ def run(batch: ConceptBatch, limits: Limits = NO_LIMITS) -> Outcome:
     store.sweep()
     plan, failures = plan_usable(batch)
     plan, failed = build(plan, store, limits)
-    last = plan.stages[-1]
-    folder = store.path(last.kind, last.key)
-    release = publish(folder, batch.release_url, provenance(plan, store), batch.signing_key)
+    release = publish(plan.release.result(store).folder, batch.release_url, provenance(plan, store), batch.signing_key)
     report: Path | None = None
     figures: dict[str, Any] = {}
     try:
@@ -209,7 +196,7 @@ def plan_usable(batch: ConceptBatch) -> tuple[Plan, dict[str, str]]:
 
 def _trained(plan: Plan, store: Store) -> tuple[Concept, ...]:
     """The concepts whose weights are there, when they are not all."""
-    done = {name for s in plan.of("train") if store.has(s.kind, s.key) for name in s.params["concepts"]}
+    done = {name for name, training in plan.trainings().items() if training.is_in(store)}
     return tuple(c for c in plan.batch.concepts if c.name in done) if len(done) < len(plan.batch.concepts) else ()
 
 
@@ -219,23 +206,21 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
     `concepts` has a hash of each one's pictures and the key of its training, which is the hash of all that determined
     its weights.
     """
-    batch, last = plan.batch, plan.stages[-1]
-    trained = {name: s.key for s in plan.of("train") for name in s.params["concepts"]}
-    pictures = {s.name: content_key(s.params["images"]) for s in plan.of("features")}
-    evaluated = json.loads((store.path(last.kind, last.key) / "measures.json").read_text())
-    merged = {name: models["merged"] for name, models in evaluated.items()}
+    batch, spec, trained = plan.batch, plan.release.spec, plan.trainings()
+    pictures = {stage.name: content_key(stage.images) for stage in plan.of(Features)}
+    merged = {name: models["merged"] for name, models in plan.release.result(store).measures().items()}
     packages = ("polyconcept", "torch", "diffusers", "transformers", "open_clip_torch", "ray")
     facts = {
         "batch": batch.name,
         "made_by": batch.publish.made_by,
-        "base": {"name": last.params["spec"]["base"], "digest": base_digest(batch.base_path)},
-        "corpus": next((s.params["corpus"] for s in plan.of("index")), None),
+        "base": {"name": spec["base"], "digest": base_digest(batch.base_path)},
+        "corpus": next((index.corpus for index in plan.of(Index)), None),
         "concepts": {
             c.name: {
                 "token": c.token,
                 "class_word": c.class_word,
                 "images": pictures[c.name],
-                "training": trained[c.name],
+                "training": trained[c.name].key,
             }
             for c in batch.concepts
         },
@@ -243,14 +228,14 @@ def provenance(plan: Plan, store: Store) -> dict[str, Any]:
         "seeds": {"training": batch.training.seed, "evaluation": batch.evaluation.seed},
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "commit": _commit(),
-        "spec": last.params["spec"],
+        "spec": spec,
         "stages": {f"{stage.kind} {stage.name}": stage.key for stage in plan},
     }
     return public(facts)
 
 
 def _means(entries: list[dict[str, float]]) -> dict[str, float]:
-    return {score: float(np.mean([e[score] for e in entries])) for score in shown(entries[0])}
+    return {score: float(np.mean([e[score] for e in entries])) for score in score_columns(entries[0])}
 
 
 def _commit() -> str | None:
@@ -319,7 +304,7 @@ def _loopback_only() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """Of the cluster, what a task may use: CPU cores, and whether GPUs; devices: how many there are in all."""
 
     cpus: int
@@ -327,43 +312,48 @@ class _Share:
     devices: int
 
 
+@dataclass(frozen=True)
+class RayWorkers:
+    """Processes that a task has Ray start."""
+
+    share: Share
+    board: Any
+
+    @property
+    def devices(self) -> int:
+        return self.share.devices
+
+    def search(self, index: Callable[[], Path]) -> Search:
+        return search_on_cluster(index)
+
+    def encode(self, corpus: str, clip: str) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+        return encoded_corpus(corpus, clip, actors=self.devices, cpus=self.share.cpus, gpus=self.share.gpus)
+
+    def on_ranks(self, count: int, task: Callable[[Progress], dict[str, str]], name: str) -> dict[str, str]:
+        return run_on_ranks(count, task, name, self.board, cpus=self.share.cpus, gpus=self.share.gpus)
+
+
 def _work(
-    stages: tuple[Stage, ...], root: str, board: Any, share: _Share, *upstream: dict[str, Failure]
+    stages: tuple[Stage[Any], ...], root: str, board: Any, share: Share, *upstream: dict[str, Failure]
 ) -> dict[str, Failure]:
-    """Do one stage, or several trainings as a pack, or the searches of an index as one. Failures are returned, not
-    raised: what does not depend on them goes on. Key -> failure, also of what was finished before it."""
+    """Do the stages of a job. Failures are returned, not raised: what does not depend on them goes on. Key -> failure,
+    also of what was finished before it."""
     torch.set_num_threads(share.cpus)
     Notes.go_to(board)
     broken = {key for failures in upstream for key in failures}
     failures: dict[str, Failure] = {}
     runnable = list(stages)
-    last: dict[str, float] = {}
-
-    def progress(stage: Stage, what: str, done: int, total: int) -> None:
-        if time.monotonic() - last.get(stage.key, 0) > 0.5 or done == total:
-            last[stage.key] = time.monotonic()
-            board.put.remote(stage.key, what, done, total)
-
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # for what Ray itself starts from here
     try:
         store = Store(root)
         for stage in stages:
             # a pack that died may have finished some
-            if any(source.key in broken and not store.has(source.kind, source.key) for source in stage.inputs):
+            if any(source.key in broken and not source.is_in(store) for source in stage.inputs):
                 failures[stage.key] = Failure("an input failed")
                 runnable.remove(stage)
-        if stages[0].kind == "train" and runnable:
-            if on_ranks(stages[0]):
-                diverged = train_on_ranks(runnable[0], store, board, cpus=share.cpus, gpus=share.gpus)
-            else:
-                diverged = train_pack(runnable, store, progress)
-            failures |= {key: Failure(why) for key, why in diverged.items()}
-        elif stages[0].kind == "candidates" and runnable:
-            find_candidates(runnable, store, search_on_cluster(runnable[0], root))
-        elif runnable and on_actors(stages[0], share.devices):
-            index_on_actors(stages[0], store, devices=share.devices, cpus=share.cpus, gpus=share.gpus)
-        elif runnable:
-            run_stage(runnable[0], store, functools.partial(progress, runnable[0]))
+        if runnable:
+            left = type(runnable[0]).run_job(runnable, store, progress_to(board), RayWorkers(share, board))
+            failures |= {key: Failure(why) for key, why in left.items()}
     except Exception as error:
         fault = "" if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
         failures |= {stage.key: Failure(str(error), fault) for stage in runnable}
@@ -382,21 +372,17 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
         same_code.check(seconds=60)
     plan_of = {stage.key: plan for plan in plans for stage in plan}
     asked = {stage.key: stage for plan in plans for stage in plan}  # each once: plans share many
-    todo = [stage for stage in asked.values() if not store.has(stage.kind, stage.key)]
-    jobs: list[tuple[Stage, ...]] = []
-    for kind in VERSIONS:  # a kind reads only kinds before it
-        same = [stage for stage in todo if stage.kind == kind]
-        if kind == "train":
-            jobs += _packs(plan_of, same, limits)
-        elif kind == "candidates" and same:
-            jobs.append(tuple(same))
-        else:
-            jobs += [(stage,) for stage in same]
+    todo = [stage for stage in asked.values() if not stage.is_in(store)]
     resources, nodes = ray.cluster_resources(), _nodes()
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
     smallest = int(min(node["Resources"].get("memory", 0) for node in nodes))
     devices = gpus or len(nodes)
+    jobs: list[tuple[Stage[Any], ...]] = []
+    smallest_device = functools.cache(lambda: _device(nodes, limits))
+    for kind in STAGES:  # each reads only results of those before it
+        same = [stage for stage in todo if type(stage) is kind]
+        jobs += kind.jobs(same, devices, smallest_device)
     check_devices(plans, todo, cores, gpus)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside this process: other nodes may go away
@@ -408,38 +394,34 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
     outcomes: dict[str, Any] = {}
     waiting: list[Any] = []
     for stages in jobs:
-        kind, together = stages[0].kind, on_ranks(stages[0])
-        ranks = stages[0].places["ranks"] if together else 1
+        first, ranks = stages[0], stages[0].ranks
         needs = {outcomes[source.key] for stage in stages for source in stage.inputs if source.key in outcomes}
-        # such a task only waits for processes that it has Ray start, and those take the resources
-        spread = stages[0].places.get("distributor") == "ray"
-        waits = together or spread or kind == "candidates" or on_actors(stages[0], devices)
+        waits = first.waits(devices)
         memory, cpus = 0, 1
-        if together:
+        if ranks:
             at_once = max(1, devices // ranks)
             cpus = 1 if gpus else max(1, min(most, cores // (at_once * ranks)))
             if len(waiting) >= at_once:
                 needs.add(waiting[-at_once])  # no more at a time than there are devices for
         elif not gpus:
-            memory = 0 if waits else min(smallest, stage_bytes(plan_of[stages[0].key], stages))
-            cpus = max(1, most // ON_DEVICE[kind]) if kind in ON_DEVICE else 1
-        while together and cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
+            memory = 0 if waits else min(smallest, stage_bytes(plan_of[first.key], stages))
+            cpus = max(1, most // first.at_once) if first.on_device else 1
+        while ranks and cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
             cpus -= 1
         ref = (
-            (on_gpu if gpus and kind in ON_DEVICE and not waits else work)
+            (on_gpu if gpus and first.on_device and not waits else work)
             .options(
                 num_cpus=0 if waits else cpus,
                 memory=memory or None,
                 max_retries=2,
-                name=" ".join([kind, *(stage.name for stage in stages)]),
+                name=" ".join([first.kind, *(stage.name for stage in stages)]),
             )
-            .remote(stages, store.root, board, _Share(cpus, bool(gpus), devices), *needs)
+            .remote(stages, store.root, board, Share(cpus, bool(gpus), devices), *needs)
         )
-        # one that is lost is not to sink a pack that waits for many, nor what waits for a pack
-        if kind in ("features", "train"):
-            ref = board.ended.remote([stage.key for stage in stages], [ref])
+        # one that is lost is not to sink what waits for others, too
+        ref = board.ended.remote([stage.key for stage in stages], [ref])
         outcomes |= {stage.key: ref for stage in stages}
-        waiting += [ref] if together else []
+        waiting += [ref] if ranks else []
     report = functools.partial(trainings_ended, plans[0].batch.name, store=store)
 
     def check() -> None:
@@ -448,7 +430,7 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
             same_code.check()
 
     failures = _follow(jobs, outcomes, board, report, check)
-    missing = {stage.key: stage for stages in jobs for stage in stages if not store.has(stage.kind, stage.key)}
+    missing = {stage.key: stage for stages in jobs for stage in stages if not stage.is_in(store)}
     messages = []
     for key, stage in missing.items():
         if not any(source.key in missing for source in stage.inputs):
@@ -479,7 +461,7 @@ def _wait_for_device(limits: Limits) -> None:
     ray.get(task)
 
 
-def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus: int) -> None:
+def check_devices(plans: Sequence[Plan], todo: Sequence[Stage[Any]], cores: int, gpus: int) -> None:
     """Raises: ValueError when a plan asks for what the cluster, or this environment, has not."""
     settings = [plan.batch.training for plan in plans]
     if not gpus and any(training.attention == "xformers" for training in settings):
@@ -489,7 +471,7 @@ def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus
             "training.optimizer: adamw8bit needs bitsandbytes, which is not installed; run "
             "`pip install 'polyconcept[gpu]'`, or use 'adamw'"
         )
-    ranks = max((stage.places["ranks"] for stage in todo if on_ranks(stage)), default=1)
+    ranks = max((stage.ranks for stage in todo), default=1)
     if ranks > (gpus or cores):
         what = "GPU" if gpus else "CPU core"
         lack = f"training.ranks: {ranks} ranks need a {what} each, and there are {gpus or cores}"
@@ -502,41 +484,6 @@ def check_devices(plans: Sequence[Plan], todo: Sequence[Stage], cores: int, gpus
 def _nodes() -> list[dict[str, Any]]:
     """Nodes of the cluster that compute (a head node may not)."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-
-
-def _packs(plan_of: dict[str, Plan], trainings: list[Stage], limits: Limits) -> list[tuple[Stage, ...]]:
-    """Trainings that share a resident base: as few packs as memory allows, but one for each device, of even sizes."""
-    if not trainings:
-        return []
-    nodes = _nodes()
-    devices, device = int(ray.cluster_resources().get("GPU", 0)) or len(nodes), _device(nodes, limits)
-    alike: dict[tuple[str, int], list[Stage]] = {}
-    before: collections.Counter[tuple[str, str]] = collections.Counter()
-    for stage in trainings:
-        key = content_key([_shared(stage)])
-        tokens = [spelling(token) for token, _, _ in stage.params["concepts"].values() if token]
-        # a tokenizer learns a word once: a concept's trainings with other seeds or rates are in other packs
-        place = max((before[key, token] for token in tokens), default=0)
-        before.update({(key, token): place + 1 - before[key, token] for token in tokens})
-        alike.setdefault((key, place), []).append(stage)
-    packs: list[tuple[Stage, ...]] = []
-    for stages in alike.values():
-        size = pack_size(plan_of[stages[0].key], device)
-        count = max(-(-len(stages) // size), min(devices, len(stages)))
-        packs += [tuple(stages[i::count]) for i in range(count)]
-    return packs
-
-
-def _shared(training: Stage) -> dict[str, Any]:
-    """What the members of a pack have in common."""
-    settings = training.params["training"]
-    names = ("method", "train_text_encoder", "batch_size", "precision", "optimizer")
-    places = ("base", "attention", "gradient_checkpointing", "compile", "pack_size", "strategy")
-    return {
-        "prior": settings["regularization"] != "none",
-        **{name: settings[name] for name in names},
-        **{name: training.places[name] for name in places},
-    }
 
 
 def _device(nodes: list[dict[str, Any]], limits: Limits) -> Device:
@@ -556,10 +503,10 @@ def _device(nodes: list[dict[str, Any]], limits: Limits) -> Device:
 
 
 def _follow(
-    jobs: list[tuple[Stage, ...]],
+    jobs: list[tuple[Stage[Any], ...]],
     refs: dict[str, Any],
     board: Any,
-    report: Callable[[tuple[Stage, ...]], None],
+    report: Callable[[tuple[Stage[Any], ...]], None],
     check: Callable[[], None],
 ) -> dict[str, Failure]:
     """Wait for all jobs, showing how far they are; returns what their tasks say failed.

@@ -4,10 +4,12 @@ counters end with `_total`. Reported by the process that drives a batch, as long
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 
-from pipeline.plan import Stage
+from pipeline.stages.stage import Stage
+from pipeline.stages.train import Train
 from pipeline.store import Store
 
 TRAINED = Counter("polyconcept_concepts_trained", "Concepts whose training ended well.", ("batch",))
@@ -22,14 +24,14 @@ GATE = Counter("polyconcept_gate", "Candidates of retrainings, by what the gate 
 """result: `passed`, `refused`, or `not compared`: there was nothing to compare it with."""
 
 
-def trainings_ended(batch: str, stages: Iterable[Stage], store: Store) -> None:
+def trainings_ended(batch: str, stages: Iterable[Stage[Any]], store: Store) -> None:
     """Count what became of trainings: those that went well are in the store. Other stages are not counted."""
     for stage in stages:
-        if stage.kind != "train":
+        if not isinstance(stage, Train):
             continue
-        if store.has(stage.kind, stage.key):
+        if stage.is_in(store):
             seconds = store.manifest(stage.kind, stage.key)["seconds"]
-            TRAINED.inc(len(stage.params["concepts"]), {"batch": batch})
-            STEP_SECONDS.observe(seconds / stage.params["training"]["steps"], {"batch": batch})
+            TRAINED.inc(len(stage.concepts), {"batch": batch})
+            STEP_SECONDS.observe(seconds / stage.training.steps, {"batch": batch})
         else:
-            FAILED.inc(len(stage.params["concepts"]), {"batch": batch})
+            FAILED.inc(len(stage.concepts), {"batch": batch})

@@ -1,10 +1,10 @@
-"""Train one set of weights on several ranks with Ray Train, which places them and starts lost ones again."""
+"""Do one thing in several processes together with Ray Train, which places them and starts lost ones again."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -12,37 +12,31 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from pipeline.plan import Stage, deepspeed_of
-from pipeline.stages import train_pack
-from pipeline.store import Store
+from pipeline.stages.stage import Progress, Stage
 from ray_jobs.board import Notes
-from training.strategies import DDP, DeepSpeed, Single
 
 RESTARTS = 2
 """Times that lost ranks are started again; they go on from the last checkpoint."""
 
 
-def on_ranks(stage: Stage) -> bool:
-    """Whether a stage is a training of several processes."""
-    return stage.kind == "train" and stage.places["strategy"] != "single"
+def run_on_ranks(
+    count: int, task: Callable[[Progress], dict[str, str]], name: str, board: Any, *, cpus: int, gpus: bool
+) -> dict[str, str]:
+    """Call a task in so many processes that torch.distributed knows as ranks, each with so many CPU cores, or a GPU.
 
-
-def train_on_ranks(stage: Stage, store: Store, board: Any, *, cpus: int, gpus: bool) -> dict[str, str]:
-    """Train the stage on as many ranks as it says, each with so many CPU cores, or a GPU.
-
-    Returns: key -> why, when the training diverged.
+    Returns: what it returned.
     Raises: ValueError or OSError that a rank raised; ray.train.TrainingFailedError for all else.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"stage": stage, "root": store.root, "board": board, "threads": None if gpus else cpus},
+            train_loop_config={"task": task, "board": board, "threads": None if gpus else cpus},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=stage.places["ranks"], use_gpu=gpus, resources_per_worker={"CPU": 1 if gpus else cpus}
+                num_workers=count, use_gpu=gpus, resources_per_worker={"CPU": 1 if gpus else cpus}
             ),
             # nothing is kept there: checkpoints and results go to the store
             run_config=ray.train.RunConfig(
-                name=stage.key,
+                name=name,
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
             ),
@@ -58,26 +52,19 @@ def train_on_ranks(stage: Stage, store: Store, board: Any, *, cpus: int, gpus: b
 
 
 def _rank(config: dict[str, Any]) -> None:
-    stage, board = config["stage"], config["board"]
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    Notes.go_to(board)
-    last = 0.0
+    Notes.go_to(config["board"])
+    ray.train.report({"failures": config["task"](progress_to(config["board"]))})
 
-    def progress(stage: Stage, what: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5 or done == total:
-            last = time.monotonic()
+
+def progress_to(board: Any) -> Progress:
+    """Tells the board how far a stage is, but not more than twice a second."""
+    last: dict[str, float] = {}
+
+    def progress(stage: Stage[Any], what: str, done: int, total: int) -> None:
+        if time.monotonic() - last.get(stage.key, 0) > 0.5 or done == total:
+            last[stage.key] = time.monotonic()
             board.put.remote(stage.key, what, done, total)
 
-    failures = train_pack([stage], Store(config["root"]), progress, strategy_of(stage))
-    ray.train.report({"failures": failures})
-
-
-def strategy_of(stage: Stage) -> Single:
-    """What a stage of the kind `train` asks for, in a process that torch.distributed knows as a rank."""
-    if stage.places["strategy"] == "ddp":
-        return DDP()
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    return DeepSpeed(deepspeed_of(stage))
+    return progress

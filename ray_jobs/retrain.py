@@ -95,7 +95,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
 
     def unchanged(plan: Plan) -> bool:
         """Whether this is the latest release already, or what people rolled back from and do not want."""
-        return plan.stages[-1].key in known
+        return plan.release.key in known
 
     failed: list[str] = []
     verdicts: list[Verdict] = []
@@ -114,7 +114,7 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         if not seen:
             check()
             promote(current, signing_key=asked.signing_key)
-        version = known[plan.stages[-1].key]
+        version = known[plan.release.key]
         event, more = ("nothing changed", {}) if version is latest else ("rolled back from", {"version": version.name})
         log.info(event, extra={"latest": latest.name, **more, "left_out": reasons})
         if version is latest and not _has_results(Path(asked.output_path), current):
@@ -127,14 +127,12 @@ def _retrain(asked: Retraining, check_lease: Callable[[], None], limits: Limits)
         log.info("not compared", extra={"latest": latest.name if latest else None})
     facts = provenance(plan, store) | {"gate": [dataclasses.asdict(verdict) for verdict in verdicts]}
     check()
-    last = plan.stages[-1]
-    folder = store.path(last.kind, last.key)
     if not all(verdict.passed for verdict in verdicts):
         place = _keep(plan, store, destination, facts)
         log.error("refused", extra={"candidate": place, "refused_by": [str(v) for v in verdicts if not v.passed]})
         _push(asked, current)
         return Outcome(Exit.REFUSED, place, reasons, tuple(verdicts))
-    release = publish(folder, destination, facts, asked.signing_key, check)
+    release = publish(plan.release.result(store).folder, destination, facts, asked.signing_key, check)
     log.info("released", extra={"release": release.url, "version": release.version, "new": release.created})
     _write_results(plan, store, release.url)
     _push(asked, release.url)
@@ -221,7 +219,7 @@ def _release_key(version: Version) -> str:
 
 def _log_comparison(plan: Plan, latest: Version | None, left_out: Iterable[str]) -> None:
     """left_out: concepts that the catalogue has, broken."""
-    trained = {name: {"training": s.key} for s in plan.of("train") for name in s.params["concepts"]}
+    trained = {name: {"training": stage.key} for name, stage in plan.trainings().items()}
     found = changes((latest and latest.manifest) or {}, {"provenance": {"concepts": trained}})
     broken = sorted(left_out)
     removed = [name for name in found["removed"] if name not in broken]
@@ -261,13 +259,13 @@ def _session(plan: Plan, store: Store) -> contextlib.AbstractContextManager[None
 
 def _keep(plan: Plan, store: Store, destination: str, facts: dict[str, Any]) -> str:
     """Keep a refused candidate with its report beside the releases, under the key of its content."""
-    last = plan.stages[-1]
-    report, _ = write_results(plan, store, f"{destination}/candidates/{last.key}")
+    release = plan.release
+    report, _ = write_results(plan, store, f"{destination}/candidates/{release.key}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "candidate"
-        shutil.copytree(store.path(last.kind, last.key), folder)
+        shutil.copytree(release.result(store).folder, folder)
         shutil.copy(report, folder / "report.html")
-        return keep_candidate(folder, destination, last.key, facts, plan.batch.signing_key)
+        return keep_candidate(folder, destination, release.key, facts, plan.batch.signing_key)
 
 
 def _exit(left_out: Sequence[str]) -> Exit:

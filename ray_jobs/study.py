@@ -18,7 +18,7 @@ def run_study(path: Path) -> Path:
     made = list(cases(study, path))
     store = store_of(study, path)
     stages = {stage.key: stage for case in made for stage in case.plan}
-    if not all(store.has(stage.kind, stage.key) for stage in stages.values()):
+    if not all(stage.is_in(store) for stage in stages.values()):
         with ray_session():
             if failed := run_stages([case.plan for case in made], store):
                 raise StageFailed("\n".join(failed))

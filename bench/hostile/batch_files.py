@@ -666,7 +666,7 @@ def _same_release() -> list[str]:
         text = batch_text("base: ./mybase").replace("evaluation: {}", clip)
         Path(f"runs/{folder}/batch.yaml").write_text(text)
         plan = planned(f"runs/{folder}/batch.yaml")
-        keys.append((plan.stages[-1].key, json.dumps(plan.stages[-1].params)))
+        keys.append((plan.release.key, json.dumps(plan.release.hashed())))
     return keys
 
 

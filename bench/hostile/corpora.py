@@ -21,18 +21,17 @@ RETRIEVAL = "retrieval: {{corpus: {corpus}, images: 2{more}}}"
 
 def indexed(rows: int | None = None):
     """What a run does with a corpus before it asks the web: its plan, its index, the candidates of a class."""
-    from pipeline.stages import find_candidates, run_stage
+    from pipeline.stages.candidates import Candidates
+    from pipeline.stages.index import Index
+    from pipeline.stages.stage import run_stage
     from pipeline.store import Store
     from retrieval.index import read_header
 
     plan = planned()
     store = Store(plan.batch.store_url)
-    (index,) = plan.of("index")
-    run_stage(index, store, lambda *_: None)
-    found = read_header(store.path(index.kind, index.key) / "index")["rows"]
-    find_candidates(plan.of("candidates"), store)
-    (stage,) = plan.of("candidates")
-    table = pq.read_table(store.path(stage.kind, stage.key) / "candidates.parquet")
+    (index,), (candidates,) = plan.of(Index), plan.of(Candidates)
+    found = read_header(run_stage(index, store, lambda *_: None).index)["rows"]
+    table = run_stage(candidates, store, lambda *_: None).table()
     return plan, found, table
 
 

@@ -146,7 +146,7 @@ def block_list(name: str, text: str | bytes | None, blocks: set[str] | None = No
         return planned
 
     def blocked(seen: Seen) -> bool:
-        return all(set(s.params["block_list"]) == blocks for s in seen.result if "block_list" in s.params)
+        return all(set(s.block_list) == blocks for s in seen.result if hasattr(s, "block_list"))
 
     return Case(f"block list: {name}", give, words(refused), None if blocks is None else blocked)
 

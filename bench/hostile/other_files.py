@@ -305,7 +305,8 @@ def cluster(
         write(**{"cluster.yaml": text, "batch.yaml": batch_text()})
 
         def predicted():
-            from pipeline.scaling import load_cluster, predict
+            from pipeline.cost.cluster import load_cluster
+            from pipeline.cost.prediction import predict
 
             return predict(planned(), load_cluster(Path("cluster.yaml")), concepts=10, captions=1000)
 

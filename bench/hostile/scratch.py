@@ -42,10 +42,11 @@ def checkpoint(name: str, spoil: Callable[[Path], Any]) -> Case:
     """A checkpoint of the first of two trainings of a pack, after half of its steps, then spoilt: both are trained."""
 
     def give():
-        from pipeline.stages import train_pack
+        from pipeline.stages.pack import train_pack
+        from pipeline.stages.train import Train
 
         plan, store = _store()
-        first, second = plan.of("train")
+        first, second = plan.of(Train)
         place = store.scratch(first.key) / NAME
 
         class Killed(Exception):
@@ -128,7 +129,7 @@ def stored(
 
     def give():
         plan, store = _store()
-        (stage, *_) = plan.of("features")
+        stage = next(stage for stage in plan if stage.kind == "features")
         spoil(store.local / stage.kind / stage.key)
 
         def used() -> Any:

@@ -5,9 +5,12 @@ import fsspec
 import pytest
 
 from pipeline.catalogue import read_catalogue
+from pipeline.checks import UnusableConcepts
 from pipeline.miniature.world import concept_images
-from pipeline.plan import UnusableConcepts, make_plan
+from pipeline.plan import make_plan
 from pipeline.spec import Retraining
+from pipeline.stages.features import Features
+from pipeline.stages.train import Train
 
 
 def fill(folder: Path, names: tuple[str, ...]) -> None:
@@ -24,7 +27,7 @@ def asked(catalogue: str, **changes: object) -> Retraining:
 def trainings(retraining: Retraining) -> dict[str, str]:
     concepts, problems = read_catalogue(retraining)
     assert not problems
-    return {stage.name: stage.key for stage in make_plan(retraining.with_concepts(concepts)).of("train")}
+    return {stage.name: stage.key for stage in make_plan(retraining.with_concepts(concepts)).of(Train)}
 
 
 def test_a_concept_stays_what_it_is_when_others_come_and_go(tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_a_card_that_is_meant_is_not_overlooked(tmp_path: Path) -> None:
     assert "concept.yaml.txt: no card is read from a file of this name; call it concept.yaml" in problems["d"]
     assert list(problems) == ["d", "e"] and "Concept.yml and concept.yaml are there; keep one" in problems["e"]
     made = make_plan(asked(str(tmp_path / "[c]")).with_concepts(concepts))
-    assert all(len(stage.params["images"]) == 1 for stage in made.of("features"))
+    assert all(len(stage.images) == 1 for stage in made.of(Features))
 
 
 @pytest.mark.parametrize(

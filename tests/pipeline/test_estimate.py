@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.estimate import (
-    AVERAGES,
-    Device,
-    LiveBytes,
-    estimates,
-    exchanged_bytes,
-    model_size,
-    pack_bytes,
-    pack_size,
-    stage_bytes,
-)
+from pipeline.cost.estimate import Device
+from pipeline.cost.model_size import LiveBytes, model_size
+from pipeline.cost.of_plan import estimates, stage_bytes
 from pipeline.miniature.world import concept_images
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import make_plan, training_of
 from pipeline.spec import MINIATURE, ConceptBatch
+from pipeline.stages.train import AVERAGES, Train
 from training.attention import use_attention
 from training.loop import train
 from training.methods import METHODS
@@ -33,32 +26,39 @@ PACKS = Path(__file__).parents[2] / "bench" / "packs.py"
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """The plan of one concept with settings of its training."""
+def batch(tmp_path) -> ConceptBatch:
+    """Of one concept."""
     concept_images("cat", "streamline-emojis", 1, seed=0)[0].save(tmp_path / "0.png")
     concept = {"name": "cat", "images": str(tmp_path), "class_word": "cat"}
+    return ConceptBatch.model_validate({"name": "one", "concepts": [concept]})
 
-    def make(**training) -> Plan:
-        return make_plan(ConceptBatch.model_validate({"name": "one", "concepts": [concept], "training": training}))
+
+@pytest.fixture
+def planned(batch):
+    """Its training, with these settings."""
+
+    def make(**training) -> Train:
+        changed = ConceptBatch.model_validate(dict(batch) | {"training": training})
+        return training_of(changed, "base", changed.concepts, ())
 
     return make
 
 
 @pytest.fixture
-def plan(planned) -> Plan:
+def one(planned) -> Train:
     return planned()
 
 
 @pytest.mark.slow
-def test_resident_memory_of_a_pack(plan):
+def test_resident_memory_of_a_pack(one):
     """Of a process on the CPU; what each more member takes by itself, as the process is most of it."""
     measured = {}
     for members in (1, 16):
         command = [sys.executable, str(PACKS), "--measure", "miniature", str(members)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
         measured[members] = json.loads(done.stdout.splitlines()[-1])["bytes"]
-        assert pack_bytes(plan, members) == pytest.approx(measured[members], rel=0.1)
-    each = pack_bytes(plan, 16) - pack_bytes(plan, 1)
+        assert one.pack_bytes(members) == pytest.approx(measured[members], rel=0.1)
+    each = one.pack_bytes(16) - one.pack_bytes(1)
     assert each == pytest.approx(measured[16] - measured[1], rel=0.2)
 
 
@@ -87,8 +87,8 @@ def test_tensors_of_a_pack(backbone, concepts, settings, planned, tmp_path, trai
             most[count] = live.peak
     finally:
         backbone.unet.disable_gradient_checkpointing()
-    plan = planned(**training)
-    each = (pack_bytes(plan, 3, cuda=True) - pack_bytes(plan, 1, cuda=True)) / 2
+    one = planned(**training)
+    each = (one.pack_bytes(3, cuda=True) - one.pack_bytes(1, cuda=True)) / 2
     width = 2  # of a number in bfloat16, which a GPU would train in
     trained = model_size(str(MINIATURE / "model")).trained * (8 + AVERAGES[own.optimizer])
     assert trained + 4 / width * (each - trained) == pytest.approx((most[3] - most[1]) / 2, rel=0.1)
@@ -99,33 +99,33 @@ def test_size_of_a_pack(planned):
     memory = 2 * 2**30
     for settings in ({}, {"gradient_checkpointing": True}, {"optimizer": "adamw8bit"}):
         for cuda in (False, True):
-            plan = planned(**settings)
-            size = pack_size(plan, Device(memory, cuda))
+            one = planned(**settings)
+            size = one.pack_size(Device(memory, cuda))
             assert size > 1
-            assert pack_bytes(plan, size, cuda=cuda) <= 0.9 * memory < pack_bytes(plan, size + 1, cuda=cuda)
-    assert pack_size(planned(), Device(2**20, cuda=False)) == 1
-    assert pack_size(planned(pack_size=3), Device(2**20, cuda=False)) == 3
-    assert pack_size(planned(strategy="ddp", ranks=2), Device(2**40, cuda=True)) == 1
+            assert one.pack_bytes(size, cuda=cuda) <= 0.9 * memory < one.pack_bytes(size + 1, cuda=cuda)
+    assert planned().pack_size(Device(2**20, cuda=False)) == 1
+    assert planned(pack_size=3).pack_size(Device(2**20, cuda=False)) == 3
+    assert planned(strategy="ddp", ranks=2).pack_size(Device(2**40, cuda=True)) == 1
 
 
 def test_precision_is_that_of_the_device(planned):
     """`auto` is bf16 on a GPU, wherever the plan is made."""
     automatic, half, full = (planned(precision=precision) for precision in ("auto", "bf16", "fp32"))
-    assert pack_bytes(automatic, 4, cuda=True) == pack_bytes(half, 4, cuda=True) < pack_bytes(full, 4, cuda=True)
-    assert pack_bytes(automatic, 4) == pack_bytes(full, 4)
+    assert automatic.pack_bytes(4, cuda=True) == half.pack_bytes(4, cuda=True) < full.pack_bytes(4, cuda=True)
+    assert automatic.pack_bytes(4) == full.pack_bytes(4)
 
 
 def test_ranks_share_out_samples_and_what_the_stage_says(planned):
     size = model_size(str(MINIATURE / "model"))
 
     def gib(ranks: int, **training) -> float:
-        return pack_bytes(planned(ranks=ranks, batch_size=4, **training), 1) / 2**30
+        return planned(ranks=ranks, batch_size=4, **training).pack_bytes(1) / 2**30
 
     def zero(stage: int, ranks: int = 4) -> float:
         return gib(ranks, strategy="deepspeed", deepspeed={"stage": stage})
 
     ddp = gib(4, strategy="ddp")
-    assert ddp == pack_bytes(planned(batch_size=1), 1) / 2**30  # one sample and the whole model
+    assert ddp == planned(batch_size=1).pack_bytes(1) / 2**30  # one sample and the whole model
     saved = 3 / 4 * size.trained / 2**30  # three quarters of the numbers are the other ranks'
     assert ddp - zero(1) == pytest.approx(8 * saved)
     assert zero(1) - zero(2) == pytest.approx(4 * saved)
@@ -144,18 +144,18 @@ def test_offloading_frees_a_gpu_and_no_process_on_the_cpu(planned):
             planned(strategy="deepspeed", ranks=2, deepspeed={"stage": stage, "offload": offload})
             for offload in (False, True)
         )
-        assert pack_bytes(kept, 1) == pack_bytes(moved, 1)
-        assert pack_bytes(kept, 1, cuda=True) - pack_bytes(moved, 1, cuda=True) == pytest.approx(freed)
+        assert kept.pack_bytes(1) == moved.pack_bytes(1)
+        assert kept.pack_bytes(1, cuda=True) - moved.pack_bytes(1, cuda=True) == pytest.approx(freed)
 
 
 def test_what_ranks_exchange(planned):
     """Gradients twice (averaged, and handed back); with stage 3 the model twice, in bfloat16, and gradients once."""
     size = model_size(str(MINIATURE / "model"))
-    assert exchanged_bytes(planned()) == 0
-    assert exchanged_bytes(planned(strategy="ddp", ranks=2)) == 8 * size.trained
-    assert exchanged_bytes(planned(strategy="deepspeed", ranks=2)) == 8 * size.trained
+    assert planned().exchanged_bytes() == 0
+    assert planned(strategy="ddp", ranks=2).exchanged_bytes() == 8 * size.trained
+    assert planned(strategy="deepspeed", ranks=2).exchanged_bytes() == 8 * size.trained
     whole = planned(strategy="deepspeed", ranks=2, deepspeed={"stage": 3})
-    assert exchanged_bytes(whole) == 4 * (size.parameters - size.vae_parameters) + 4 * size.trained
+    assert whole.exchanged_bytes() == 4 * (size.parameters - size.vae_parameters) + 4 * size.trained
 
 
 def test_a_deepspeed_configuration_of_ones_own_says_what_is_shared(planned, tmp_path):
@@ -163,20 +163,21 @@ def test_a_deepspeed_configuration_of_ones_own_says_what_is_shared(planned, tmp_
 
     def gib(config) -> float:
         file.write_text(json.dumps(config))
-        return pack_bytes(planned(strategy="deepspeed", ranks=2, deepspeed={"config": str(file)}), 1, cuda=True)
+        return planned(strategy="deepspeed", ranks=2, deepspeed={"config": str(file)}).pack_bytes(1, cuda=True)
 
     made = planned(strategy="deepspeed", ranks=2, deepspeed={"stage": 3})
-    expected = pack_bytes(made, 1, cuda=True)
+    expected = made.pack_bytes(1, cuda=True)
     assert gib({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7}}) == expected
     assert gib({"zero_optimization": {"stage": 3}}) == pytest.approx(expected + 4 * (5e8 - 5e7))
 
 
-def test_memory_that_tasks_ask_for(plan):
+def test_memory_that_tasks_ask_for(batch):
     """What `plan` prints; a training's is that of its whole pack."""
+    plan = make_plan(batch)
     printed = estimates(plan, cuda=False)
     for stage in plan:
         assert stage_bytes(plan, [stage]) == int((printed[stage.key].gib or 0) * 2**30)
-    assert stage_bytes(plan, plan.of("train") * 3) == int(pack_bytes(plan, 3))
+    assert stage_bytes(plan, plan.of(Train) * 3) == int(plan.of(Train)[0].pack_bytes(3))
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
@@ -190,8 +191,8 @@ def test_what_a_method_trains_is_counted(backbone, method, train_text_encoder):
 
 def test_a_whole_unet_takes_more_memory_and_time(planned):
     kv, whole, token = (planned(method=m) for m in ("custom_diffusion", "custom_diffusion_all", "textual_inversion"))
-    assert pack_bytes(token, 1) < pack_bytes(kv, 1)
+    assert token.pack_bytes(1) < kv.pack_bytes(1)
     unet = model_size(str(MINIATURE / "model"), "custom_diffusion_all")
-    assert pack_bytes(whole, 1) > unet.trained * 16 + pack_bytes(kv, 1) - 1e9
+    assert whole.pack_bytes(1) > unet.trained * 16 + kv.pack_bytes(1) - 1e9
     assert unet.trained_share == 1
-    assert pack_size(whole, Device(2**40, cuda=False)) == 1 < pack_size(token, Device(2 * 2**30, cuda=False))
+    assert whole.pack_size(Device(2**40, cuda=False)) == 1 < token.pack_size(Device(2 * 2**30, cuda=False))

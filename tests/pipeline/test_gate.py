@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from pipeline.gate import MEASURES, judge
-from pipeline.plan import Stage
 from pipeline.release.publish import publish
 from pipeline.spec import Gate
-from pipeline.stages import run_stage
+from pipeline.stages.released import Released
+from pipeline.stages.stage import run_stage
 from pipeline.store import Store
 
 GATE = Gate(image=0.02, text=0.01)
@@ -80,8 +80,9 @@ def test_a_release_stands_in_for_a_lost_store(tmp_path: Path) -> None:
     info = publish(tmp_path / "made", str(tmp_path / "releases"))
     sha256 = info.manifest["files"]["merged.safetensors"]["sha256"]
     store = Store(str(tmp_path / "store"))
-    folder = run_stage(Stage("released", "v0001", {"sha256": sha256}, places={"release": info.url}), store, print)
-    assert (folder / "merged.safetensors").read_bytes() == b"weights"
+    places = Released.Places(info.url)
+    made = run_stage(Released(name="v0001", sha256=sha256, places=places), store, print)
+    assert made.file.read_bytes() == b"weights"
     with pytest.raises(ValueError, match="not what its manifest says"):
-        run_stage(Stage("released", "v0001", {"sha256": "0" * 64}, places={"release": info.url}), store, print)
-    assert [p.name for p in store.local.glob("released/*")] == [folder.name]
+        run_stage(Released(name="v0001", sha256="0" * 64, places=places), store, print)
+    assert [p.name for p in store.local.glob("released/*")] == [made.folder.name]

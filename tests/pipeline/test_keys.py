@@ -18,10 +18,12 @@ import pytest
 from pipeline.catalogue import read_catalogue
 from pipeline.gate import baseline, retention
 from pipeline.merge.files import load_change
-from pipeline.plan import Plan, Stage, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.release.publish import verify
 from pipeline.release.versions import listed, read
 from pipeline.spec import MINIATURE, ConceptBatch, Retraining, load_batch, load_retraining, overridden
+from pipeline.stages.merge import Merge
+from pipeline.stages.stage import Stage
 from pipeline.store import Store, content_key
 from pipeline.study import cases, load_study
 from training.backbone import Backbone
@@ -99,7 +101,7 @@ def _gate(plan: Plan, folder: Path) -> dict[str, str]:
     """What is measured for the gate, of the new release, of the current one, and of one that the store has lost."""
     current, store = read(f"{RELEASE}/v0001"), Store(str(folder / "store"))
     lost = baseline(plan, current, f"{RELEASE}/v0001", store)
-    (merge,) = plan.of("merge")
+    (merge,) = plan.of(Merge)
     with store.create(merge.kind, merge.key, {}):
         pass
     known = baseline(plan, current, f"{RELEASE}/v0001", store)

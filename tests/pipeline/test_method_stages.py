@@ -12,18 +12,24 @@ import torch
 from PIL import Image
 
 from pipeline.merge.constraints import constraint_of
-from pipeline.merge.factors import MergedModel
 from pipeline.merge.files import load_change
 from pipeline.miniature.world import concept_images
-from pipeline.plan import Plan, make_plan, of_pair
+from pipeline.plan import Plan, make_plan
 from pipeline.release.formats import token_files
 from pipeline.release.publish import publish, verify
 from pipeline.report import summary, write_report
 from pipeline.sampling import draw
 from pipeline.spec import ConceptBatch
-from pipeline.stages import run_stage, train_pack
+from pipeline.stages.compose import Compose
+from pipeline.stages.features import Features
+from pipeline.stages.generated import Generated
+from pipeline.stages.index import Index
+from pipeline.stages.merge import Merge
+from pipeline.stages.pack import train_pack
+from pipeline.stages.regularization import Regularization
+from pipeline.stages.stage import run_stage
+from pipeline.stages.train import Train
 from pipeline.store import Store
-from retrieval.regularization import RegularizationSet
 from training.weights import ConceptWeights
 
 CONCEPTS = [
@@ -59,10 +65,7 @@ def _run(batch: ConceptBatch, folder: Path) -> tuple[Plan, Store]:
     """Every stage in this process, in the plan's order."""
     plan, store = make_plan(batch), Store(str(folder / "store"))
     for stage in plan:
-        if stage.kind == "train":
-            assert train_pack([stage], store, lambda *_: None) == {}
-        else:
-            run_stage(stage, store, lambda *_: None)
+        run_stage(stage, store, lambda *_: None)
     return plan, store
 
 
@@ -72,12 +75,12 @@ def test_images_that_change_during_a_run(images, tmp_path):
     batch = _batch(tmp_path / "images", 2, {"regularization": "none"})
     plan, store = make_plan(batch), Store(str(tmp_path / "store"))
     bases = [models["base"] for models in plan.evaluations().values()]
-    stages = [plan.of("features")[1], bases[1], of_pair(*bases, ["photo of {0} and {1}"])]
+    stages = [plan.of(Features)[1], bases[1], Compose.of(*bases, ["photo of {0} and {1}"])]
     concept_images("turtle", "noto", 1, seed=1)[0].save(tmp_path / "images/turtle/0.png")
     for stage in stages:
         with pytest.raises(ValueError, match="images/turtle: the images changed during the run; run again"):
             run_stage(stage, store, lambda *_: None)
-        assert not store.has(stage.kind, stage.key)
+        assert not stage.is_in(store)
 
 
 # What a user's program is: no module of this project. {code} is the card's own, as it stands.
@@ -106,8 +109,7 @@ assert ours <= {{"pipeline", "pipeline.miniature"}}, ours  # where the base lies
 )
 def test_released_sampled_and_measured_alike(backbone, images, tmp_path, training, count, parts):
     plan, store = _run(_batch(images, count, training), tmp_path)
-    last = plan.stages[-1]
-    release = publish(store.path(last.kind, last.key), str(tmp_path / "releases"))
+    release = publish(plan.release.result(store).folder, str(tmp_path / "releases"))
     place = Path(release.url)
     assert not verify(release.url)
     assert sorted(p.name for p in place.iterdir() if p.is_dir() and p.name != "comfyui") == parts
@@ -148,19 +150,19 @@ def _difference(a: Image.Image, b: Image.Image) -> float:
 def test_generated_images_are_as_many_as_asked_with_the_class_caption(images, tmp_path):
     plan = make_plan(_batch(images, 2, {"regularization": "generated"}))
     store = Store(str(tmp_path / "store"))
-    sets = [run_stage(stage, store, lambda *_: None) / "set" for stage in plan.of("generated")]
-    first = RegularizationSet.load(sets[0])
+    sets = [run_stage(stage, store, lambda *_: None).load() for stage in plan.of(Generated)]
+    first = sets[0]
     assert first.captions() == ["photo of a cat"] * 5 and first.asked == first.got == 5
     drawn = [image for image, _ in first]
     assert {image.size for image in drawn} == {(64, 64)} and len({image.tobytes() for image in drawn}) == 5
-    assert RegularizationSet.load(sets[1]).captions() == ["photo of a turtle"] * 5
-    assert not plan.of("index") and not plan.of("regularization")
+    assert sets[1].captions() == ["photo of a turtle"] * 5
+    assert not plan.of(Index) and not plan.of(Regularization)
     # as retrieved ones, they are the same for all seeds of the training
     other = make_plan(_batch(images, 2, {"regularization": "generated", "seed": 7}))
-    assert [s.key for s in other.of("generated")] == [s.key for s in plan.of("generated")]
+    assert [s.key for s in other.of(Generated)] == [s.key for s in plan.of(Generated)]
     # concepts of one class have one set
     both = _batch(images, 2, {"regularization": "generated"}, class_prompt="a scene")
-    assert len({s.key for s in make_plan(both).of("generated")}) == 1
+    assert len({s.key for s in make_plan(both).of(Generated)}) == 1
 
 
 @pytest.mark.slow
@@ -174,28 +176,28 @@ def test_another_run_is_first(images, tmp_path):
         _batch(images, 2, {"regularization": "none", "steps": 4, "sample_every": 3, "checkpoint_every": 2})
     )
     store = Store(str(tmp_path / "store"))
-    for stage in plan.of("features"):
+    for stage in plan.of(Features):
         run_stage(stage, store, lambda *_: None)
-    cat, turtle = plan.of("train")
+    cat, turtle = plan.of(Train)
 
     def finish(stage, what, done, total):
         if stage == cat and done == 1:
-            with store.create("train", cat.key, {"name": "the other's"}) as out:
+            with store.create(cat.kind, cat.key, {"name": "the other's"}) as out:
                 (out / "weights.safetensors").touch()
 
     assert train_pack([cat, turtle], store, finish) == {}
-    assert store.manifest("train", cat.key)["name"] == "the other's"
-    assert ConceptWeights.load(store.path("train", turtle.key) / "weights.safetensors").metadata["steps"] == 4
+    assert store.manifest(cat.kind, cat.key)["name"] == "the other's"
+    assert turtle.result(store).weights().metadata["steps"] == 4
     assert list((store.local / ".scratch").iterdir()) == []
 
 
 @pytest.mark.slow
 def test_new_categories_are_merged_by_their_class_words(backbone, images, tmp_path):
     plan, store = _run(_batch(images, 2, {"regularization": "none"}, new_category=True), tmp_path)
-    (merge,) = plan.of("merge")
-    model = MergedModel.load(store.path("merge", merge.key) / "full.safetensors")
+    (merge,) = plan.of(Merge)
+    model = merge.result(store).full()
     assert not model.tokens and [c["token"] for c in model.metadata["concepts"]] == ["", ""]
-    weights = ConceptWeights.load(store.path("train", plan.of("train")[0].key) / "weights.safetensors")
+    weights = plan.of(Train)[0].result(store).weights()
     (constraint,) = constraint_of(backbone, weights, ["photo of a {}"])
     assert len(constraint.rows) == 2  # cat, end-of-text
     for name, change in constraint.changes.items():

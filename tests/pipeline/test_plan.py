@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.estimate import disk_bytes, estimates
+from pipeline.checks import UnusableConcepts, check_pair
+from pipeline.cost.of_plan import disk_bytes, estimates
 from pipeline.miniature.world import concept_images
-from pipeline.plan import Plan, UnusableConcepts, check_pair, make_plan, of_pair
+from pipeline.plan import Plan, make_plan
 from pipeline.ready import check_ready
 from pipeline.spec import MINIATURE, ConceptBatch
+from pipeline.stages.compose import Compose
+from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.features import Features
+from pipeline.stages.generated import Generated
+from pipeline.stages.train import Train
 from pipeline.store import Store
 
 LONG = " ".join(["far"] * 27)
@@ -97,12 +103,12 @@ def test_drawings_without_the_bases_safety_checker_are_others(planned, tmp_path)
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with_one = plan()
-    for kind in ("generated", "evaluate"):
-        assert "safety_checker" not in without.of(kind)[0].params
-        assert with_one.of(kind)[0].params["safety_checker"] is False
-    assert "safety_checker" not in with_one.of("train")[0].params
+    for kind in (Generated, Evaluate):
+        assert "safety_checker" not in without.of(kind)[0].hashed()
+        assert with_one.of(kind)[0].hashed()["safety_checker"] is False
+    assert "safety_checker" not in with_one.of(Train)[0].hashed()
     both = list(with_one.evaluations().values())
-    assert of_pair(both[0]["base"], both[1]["base"], ["{0} {1}"]).params["safety_checker"] is False
+    assert Compose.of(both[0]["base"], both[1]["base"], ["{0} {1}"]).hashed()["safety_checker"] is False
 
 
 def test_a_clip_that_cannot_be_loaded(planned, tmp_path):
@@ -125,7 +131,7 @@ def test_a_clip_that_cannot_be_loaded(planned, tmp_path):
 def test_seeds_of_other_programs(planned):
     seed = 156680208700286
     plan = planned({"training": {"seed": seed}}, evaluation={"seed": seed}, training={"seed": seed})
-    assert plan.of("train")[0].params["training"]["seed"] == seed
+    assert plan.of(Train)[0].training.seed == seed
     with pytest.raises(ValueError, match="less than 9223372036854775808"):
         planned({}, training={"seed": 2**63})
 
@@ -151,12 +157,12 @@ def test_a_disk_that_is_too_small(planned, tmp_path, monkeypatch):
     plan = planned({}, training={"views": 1_000_000_000})
     with pytest.raises(ValueError, match=r"store: .*: what is to do leaves \d{4}\.\d GB or more there, but"):
         check_ready(plan, Store(plan.batch.store_url))
-    assert disk_bytes(plan, plan.of("features")) == 1_000_000_000 * 32 * 8 * 8 * 4
+    assert disk_bytes(plan, plan.of(Features)) == 1_000_000_000 * 32 * 8 * 8 * 4
 
 
 def test_seconds_of_features_are_those_of_what_is_encoded(planned):
     own = {"views": 1, "augment": False}
     kinds = ("none", "generated", "real")
     plans = [planned({}, training=own | {"regularization": kind}, retrieval={"images": 3}) for kind in kinds]
-    seconds = [estimates(plan, cuda=False)[plan.of("features")[0].key].seconds for plan in plans]
+    seconds = [estimates(plan, cuda=False)[plan.of(Features)[0].key].seconds for plan in plans]
     assert seconds[1] > 2 * seconds[0] and seconds[2] > 2 * seconds[0]

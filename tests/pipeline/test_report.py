@@ -13,10 +13,16 @@ import webdataset
 from PIL import Image
 
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.plan import Plan, Stage
+from pipeline.plan import Plan, training_of
 from pipeline.report import compare, summary, write_report
 from pipeline.sampling import grid
 from pipeline.spec import Concept, ConceptBatch
+from pipeline.stages.candidates import Candidates
+from pipeline.stages.drawn import DrawSettings, Model, Phrase
+from pipeline.stages.evaluate import Evaluate, EvaluatePlaces
+from pipeline.stages.merge import Merge
+from pipeline.stages.regularization import Regularization
+from pipeline.stages.stage import Stage, part_of
 from pipeline.store import Store
 from retrieval.regularization import RegularizationSet
 from retrieval.select import CANDIDATES, LEFT_OUT
@@ -81,14 +87,45 @@ def make_regularization(folder: Path) -> None:
     RegularizationSet(folder, 5, 3, statuses, "3 of 5 images: all 5 candidates are used up").save()
 
 
+def regularization(images: tuple[str, ...]) -> Regularization:
+    return Regularization(
+        name="cat",
+        images=5,
+        size=64,
+        exclude=(),
+        block_list=(),
+        base_url="",
+        local=True,
+        miniature=False,
+        places=Regularization.Places(images, "multiprocessing"),
+    )
+
+
+def evaluation(batch: ConceptBatch, concept: Concept, model: Model, inputs: tuple[Stage, ...]) -> Evaluate:
+    return Evaluate(
+        name=f"{concept.name}: {model}",
+        inputs=inputs,
+        base="base",
+        clip="clip",
+        judge="",
+        model=model,
+        evaluation=part_of(DrawSettings, batch.evaluation),
+        prompts=tuple(PROMPTS),
+        concept=concept.name,
+        phrase=Phrase(concept.token, concept.class_word),
+        images=(),
+        places=EvaluatePlaces("base", "clip", "auto", concept.images),
+    )
+
+
 def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True) -> tuple[Plan, Store]:
     """A finished run of two concepts; the second's name is hostile (which a batch file could not say)."""
     (tmp_path / "images").mkdir()
     for i in range(2):
         noise(64, i).save(tmp_path / "images" / f"{i}.png")
-    place = [str(tmp_path / "images")]
+    place = (str(tmp_path / "images"),)
     cat = Concept(name="cat", images=place, class_word=f"cat {EVIL}")
-    evil = Concept.model_construct(name=f"evil {EVIL}", images=tuple(place), class_word="dog", token="<new2>")
+    evil = Concept.model_construct(name=f"evil {EVIL}", images=place, class_word="dog", token="<new2>")
     batch = ConceptBatch(name="demo", concepts=(cat, evil), training={"composition": composition})
     batch = batch.model_copy(update={"store": "s3://KEY:pass/word@b/st"})  # read from a file it would be refused
     store = Store(str(tmp_path / "store"))
@@ -98,18 +135,18 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
         stages.append(stage)
         return make(store, stage, seconds)
 
-    make_regularization(add(Stage("regularization", "cat", {}), 2.5))
+    make_regularization(add(regularization(place), 2.5))
     groups = [list(batch.concepts)] if composition == "joint" else [[c] for c in batch.concepts]
     for group in groups:
-        folder = add(Stage("train", " + ".join(c.name for c in group), {"concepts": [c.name for c in group]}), 10.0)
+        folder = add(training_of(batch, "base", group, ()), 10.0)
         losses = np.random.default_rng(0).random(40).tolist()
         tokens = {c.token: [torch.zeros(8)] for c in group}
         ConceptWeights({"layer": torch.zeros(64, 8)}, tokens, {"losses": losses}).save(folder / "weights.safetensors")
         for step in (20, 40):
             grid([[noise(64, i) for i in range(4)]], labels=["step"]).save(folder / f"samples-{step:05d}.png")
-    trained = {name: stage for stage in stages[1:] for name in stage.params["concepts"]}
+    trained = {name: stage for stage in stages[1:] for name in stage.concepts}
 
-    merge = Stage("merge", "all concepts", {})
+    merge = Merge(name="all concepts")
     folder = add(merge, 1.5)
     full = MergedModel({"layer": torch.zeros(64, 2)}, {SHARED: torch.zeros(2, 8)}, {})
     full.save(folder / "full.safetensors")
@@ -127,12 +164,10 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     }
     (folder / "report.json").write_text(json.dumps(report))
     for c in batch.concepts:
-        params = {"concept": c.name, "phrase": [c.token, c.class_word], "prompts": list(PROMPTS)}
         table = scores()
         for model, inputs in MODELS.items():
             upstream = tuple({"merge": merge, "train": trained[c.name]}[kind] for kind in inputs)
-            stage = Stage("evaluate", f"{c.name}: {model}", params | {"model": model}, upstream, {"images": place})
-            folder = add(stage, 1.0)
+            folder = add(evaluation(batch, c, model, upstream), 1.0)
             own = table[table["model"] == model]
             (own if identity else own.drop(columns="identity")).to_parquet(folder / "scores.parquet")
             rows = [[noise(64, 2 * row + i) for i in range(2)] for row in range(2)]
@@ -183,7 +218,7 @@ def test_summary(tmp_path: Path) -> None:
     assert figures["merge"]["condition"] is None
     assert figures["residuals"]["after"]["cat"] == 2e-4
     assert figures["drift"] == {"before": 0.01, "after": 0.02}
-    exact = (store.path("merge", plan.of("merge")[0].key) / "full.safetensors").stat().st_size
+    exact = plan.of(Merge)[0].result(store).full_file.stat().st_size
     assert figures["bytes"]["merged_factors"] == exact
     assert figures["bytes"]["ratio"] == 300 / 4000
 
@@ -191,14 +226,15 @@ def test_summary(tmp_path: Path) -> None:
 def test_what_retrieval_left_out_is_said(tmp_path: Path) -> None:
     plan, store = make_run(tmp_path)
     assert summary(plan, store, RELEASE)["left_out"] == []
-    candidates = Stage("candidates", "cat", {})
+    candidates = Candidates(
+        name="cat", prompt="cat", count=5, max_nsfw=0.5, block_list=(), places=Candidates.Places("clip")
+    )
     folder = make(store, candidates, 1.0)
     (folder / "corpus.json").write_text(json.dumps({"rows": 1000, "used": 988}))
     schema = CANDIDATES.with_metadata({LEFT_OUT: json.dumps({"nsfw": 3, "unscored": 4, "blocked": 5})})
     pq.write_table(schema.empty_table(), folder / "candidates.parquet")
-    (regularization,) = plan.of("regularization")
-    folder = store.path("regularization", regularization.key) / "set"
-    RegularizationSet(folder, 5, 3, {"blocked": 2, "success": 3}, None).save()
+    (retrieved,) = plan.of(Regularization)
+    RegularizationSet(retrieved.result(store).path, 5, 3, {"blocked": 2, "success": 3}, None).save()
     plan = dataclasses.replace(plan, stages=(candidates, *plan.stages))
     said = summary(plan, store, RELEASE)["left_out"]
     assert [line.partition(" left out")[0] for line in said] == [
@@ -246,11 +282,9 @@ def test_many_concepts_show_fewer_pictures_of_each(tmp_path: Path) -> None:
     again = []
     for i in range(39):
         for stage in plan.evaluations()["cat"].values():
-            again.append(
-                Stage(stage.kind, stage.name, stage.params | {"concept": f"cat{i}"}, stage.inputs, stage.places)
-            )
+            again.append(dataclasses.replace(stage, concept=f"cat{i}"))
             folder = make(store, again[-1], 0.1)
-            for file in store.path(stage.kind, stage.key).glob("*.p*"):
+            for file in stage.result(store).folder.glob("*.p*"):
                 (folder / file.name).write_bytes(file.read_bytes())
     plan = Plan(plan.batch, (*plan.stages, *again), plan.notes)
     write_report(plan, store, RELEASE, tmp_path / "report.html")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.estimate import exchanged_bytes, pack_bytes
+from pipeline.cost.cluster import Cluster, load_cluster
+from pipeline.cost.prediction import describe, predict
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
-from pipeline.scaling import Cluster, describe, load_cluster, predict
 from pipeline.spec import ConceptBatch
+from pipeline.stages.train import Train
 
 SMALL = {"nodes": 2, "devices": 4, "memory_gib": 16, "tflops": 10}
 
@@ -73,7 +74,7 @@ def test_memory_of_a_gpu_is_that_of_the_pack(plan):
     cluster = Cluster.model_validate(SMALL)
     for concepts, members in ((8, 1), (20, 3)):
         phases = {p.kind: p for p in predict(plan, cluster, concepts=concepts, captions=10**6)[0]}
-        assert phases["train"].device_gib == pytest.approx(pack_bytes(plan, members, cuda=True) / 2**30)
+        assert phases["train"].device_gib == pytest.approx(plan.of(Train)[0].pack_bytes(members, cuda=True) / 2**30)
         assert phases["evaluate"].device_gib < cluster.memory_gib and phases["merge"].device_gib is None
 
 
@@ -109,7 +110,7 @@ def test_ranks_on_several_nodes_exchange_over_the_network(planned):
     for stage in (2, 3):
         plan = planned(strategy="deepspeed", ranks=8, batch_size=8, deepspeed={"stage": stage}, steps=1000)
         across[stage] = _seconds(plan, 1, **thin)["train"]
-        assert across[stage] == pytest.approx(1000 * exchanged_bytes(plan) * 8 / 1e3, rel=0.1)
+        assert across[stage] == pytest.approx(1000 * plan.of(Train)[0].exchanged_bytes() * 8 / 1e3, rel=0.1)
     assert within < across[2] < across[3]
 
 

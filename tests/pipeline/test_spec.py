@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checks import read_block_list
 from pipeline.miniature.world import concept_images
-from pipeline.plan import make_plan, read_block_list
+from pipeline.plan import make_plan
 from pipeline.spec import MINIATURE, ConceptBatch, clip_path, load_batch, overridden
 
 
@@ -178,10 +179,10 @@ def test_a_release_says_nothing_of_a_machine(tmp_path):
             f"store: {folder}/store\npublish: {{signing_key: {folder}/key.pem, license_name: x, "
             "license_link: 'https://me:pw@h/licence'}\n"
         )
-        release = make_plan(load_batch(write(folder, text))).stages[-1]
+        release = make_plan(load_batch(write(folder, text))).release
         keys.add(release.key)
-        specs.append(json.dumps(release.params))
-        assert release.places["base_name"] == "./mymodel"
+        specs.append(json.dumps(release.hashed()))
+        assert release.places.base_name == "./mymodel"
     assert len(keys) == 1 and specs[0] == specs[1]
     assert str(tmp_path) not in specs[0] and "pw" not in specs[0] and '"clip": "myclip"' in specs[0]
 

@@ -10,9 +10,7 @@ import pytest
 import ray
 
 from pipeline.miniature.corpus import serve_corpus, write_corpus
-from pipeline.plan import Stage
 from pipeline.spec import MINIATURE
-from pipeline.store import Store
 from ray_jobs.captions import encoded_corpus, search_on_cluster
 from ray_jobs.concept_batch import ray_session
 from retrieval.clip import load_clip
@@ -43,17 +41,12 @@ def test_the_same_index(tmp_path):
 @pytest.mark.slow
 def test_the_same_hits_and_images(tmp_path):
     """Shards of an index searched by tasks, and img2dataset's shards downloaded by tasks."""
-    store = Store(str(tmp_path / "store"))
-    index = Stage("index", "corpus", {"corpus": "c"})
-    stage = Stage("candidates", "cat", {"prompt": "cat"}, (index,))
     write_corpus(tmp_path / "corpus.parquet", 120, seed=0)
     clip = load_clip(str(MINIATURE / "clip"))
-    with store.create(index.kind, index.key, {}) as out:
-        rows = read_corpus(str(tmp_path / "corpus.parquet"))
-        build_index(rows, clip.encode_text, out / "index", model=clip.digest, shard_rows=50)
-    folder = store.path(index.kind, index.key) / "index"
+    rows, folder = read_corpus(str(tmp_path / "corpus.parquet")), tmp_path / "index"
+    build_index(rows, clip.encode_text, folder, model=clip.digest, shard_rows=50)
     with ray_session():
-        (chosen,) = candidates_by_class(folder, clip, ["cat"], 30, search=search_on_cluster(stage, store.root))
+        (chosen,) = candidates_by_class(folder, clip, ["cat"], 30, search=search_on_cluster(lambda: folder))
         with serve_corpus() as address:
             settings = {"count": 6, "image_size": 32, "local": True, "base_url": address}
             alone = download(chosen, tmp_path / "alone", **settings)

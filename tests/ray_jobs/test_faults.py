@@ -26,12 +26,14 @@ from ray.cluster_utils import Cluster
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
 from pipeline.spec import ConceptBatch
-from pipeline.stages import regularization_set, run_stage, train_pack
+from pipeline.stages.features import Features
+from pipeline.stages.regularization import Regularization
+from pipeline.stages.stage import run_stage
+from pipeline.stages.train import Train
 from pipeline.store import Store
 from ray_jobs.concept_batch import run, run_stages
 from ray_jobs.limits import Limits, OutOfTime
 from ray_jobs.same_code import OtherCode, SameCode, code_here
-from training.weights import ConceptWeights
 
 pytestmark = pytest.mark.slow
 
@@ -61,16 +63,14 @@ def plan(content) -> Plan:
     """Up to the weights."""
     batch = ConceptBatch.model_validate(content)
     whole = make_plan(batch)
-    return Plan(batch, (*whole.of("features"), *whole.of("train")), ())
+    return Plan(batch, (*whole.of(Features), *whole.of(Train)), ())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(plan, tmp_path_factory) -> Store:
     store = Store(str(tmp_path_factory.mktemp("undisturbed")))
-    for stage in plan.of("features"):
+    for stage in plan:
         run_stage(stage, store, lambda *_: None)
-    for stage in plan.of("train"):
-        assert train_pack([stage], store, lambda *_: None) == {}
     return store
 
 
@@ -129,14 +129,14 @@ def checkpoint(store: Store, stage) -> Path:
 
 
 def the_same(plan: Plan, same_weights, *stores: Store) -> None:
-    for stage in plan.of("train"):
-        same_weights(*[ConceptWeights.load(s.path("train", stage.key) / "weights.safetensors") for s in stores])
+    for stage in plan.of(Train):
+        same_weights(*[stage.result(store).weights() for store in stores])
 
 
 @pytest.mark.parametrize("lost", ["process", "node"])
 def test_a_process_or_a_node_goes_away(cluster, plan, undisturbed, tmp_path, same_weights, lost):
     """In the middle of a training."""
-    store, (_, turtle) = Store(str(tmp_path / "store")), plan.of("train")
+    store, (_, turtle) = Store(str(tmp_path / "store")), plan.of(Train)
 
     def lose() -> None:
         wait_for(checkpoint(store, turtle).exists)
@@ -157,13 +157,13 @@ def test_a_process_or_a_node_goes_away(cluster, plan, undisturbed, tmp_path, sam
 def test_the_driver_is_killed(cluster, content, plan, undisturbed, tmp_path, same_weights):
     """The cluster lives on; the batch, started again, does only what is missing."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content | {"output": str(tmp_path)}))
-    store, (cat, turtle) = Store(str(tmp_path / "store")), plan.of("train")
+    store, (cat, turtle) = Store(str(tmp_path / "store")), plan.of(Train)
     command = [sys.executable, "-m", "ray_jobs.concept_batch", str(tmp_path / "two.yaml")]
     driver = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster.address})
-    wait_for(lambda: store.has("train", cat.key) and checkpoint(store, turtle).exists())
+    wait_for(lambda: cat.is_in(store) and checkpoint(store, turtle).exists())
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert not store.has("train", turtle.key)
+    assert not turtle.is_in(store)
     stamps = {path: path.stat().st_mtime_ns for path in store.local.glob("*/*/manifest.json")}
     with connected(cluster):
         assert run_stages([plan], store) == []
@@ -199,14 +199,14 @@ def test_a_bad_web(cluster, content, tmp_path):
         kinds = ("index", "candidates", "regularization", "features")
         store = Store(str(tmp_path / "store"))
         assert run_stages([Plan(whole.batch, tuple(s for s in whole if s.kind in kinds), ())], store) == []
-    (stage,) = whole.of("regularization")
-    found = regularization_set(store.path(stage.kind, stage.key))
+    (stage,) = whole.of(Regularization)
+    found = stage.result(store).load()
     assert found.shortfall == "11 of 14 images; all 20 candidates are used up (9 failed_to_download)"
 
 
 def test_nodes_run_the_same_code(cluster, plan, tmp_path, monkeypatch):
     """One that does not is named, however good its results look, and nothing is left out because of it."""
-    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of("features")), ())
+    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of(Features)), ())
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     there = code_here()
     with connected(cluster):
@@ -216,13 +216,13 @@ def test_nodes_run_the_same_code(cluster, plan, tmp_path, monkeypatch):
         message = f"{there['host']} runs another image .*: code 0123, torch 1.0 here, code {there['code']}, torch"
         with pytest.raises(OtherCode, match=message):
             run_stages([features], store)
-    assert not any(store.has(stage.kind, stage.key) for stage in features)
+    assert not any(stage.is_in(store) for stage in features)
 
 
 def test_workers_come_later(plan, tmp_path, capsys, monkeypatch):
     """A head that computes nothing, as where an autoscaler keeps no worker without work. Where GPUs are asked for, a
     worker without one is none."""
-    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of("features")), ())
+    store, features = Store(str(tmp_path / "store")), Plan(plan.batch, tuple(plan.of(Features)), ())
     with started(nodes=0) as cluster, connected(cluster), ThreadPoolExecutor() as pool:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         with pytest.raises(OutOfTime, match=r"no worker came within 0\.01 minutes"):
@@ -231,8 +231,8 @@ def test_workers_come_later(plan, tmp_path, capsys, monkeypatch):
         outcome = pool.submit(run_stages, [features], store, Limits(gpu=True))
         cluster.add_node(num_cpus=1)
         time.sleep(2)
-        assert not any(store.has(stage.kind, stage.key) for stage in features)
+        assert not any(stage.is_in(store) for stage in features)
         cluster.add_node(num_cpus=1, num_gpus=1)
         assert outcome.result(timeout=120) == []
-    assert all(store.has(stage.kind, stage.key) for stage in features)
+    assert all(stage.is_in(store) for stage in features)
     assert "no GPU yet: waiting for the first" in capsys.readouterr().err

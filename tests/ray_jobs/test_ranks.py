@@ -14,16 +14,17 @@ import pytest
 import ray
 
 from pipeline.miniature.world import concept_images
-from pipeline.plan import Plan, Stage, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.spec import ConceptBatch
-from pipeline.stages import run_stage, train_pack
+from pipeline.stages.features import Features
+from pipeline.stages.stage import run_stage
+from pipeline.stages.train import Train
 from pipeline.store import Store
 from ray_jobs import ranks
 from ray_jobs.board import Board
-from ray_jobs.concept_batch import check_devices, ray_session
-from ray_jobs.ranks import train_on_ranks
+from ray_jobs.concept_batch import RayWorkers, Share, check_devices, ray_session
+from ray_jobs.ranks import progress_to
 from training.strategies import deepspeed_config
-from training.weights import ConceptWeights
 
 ZERO = {"zero_optimization": {"stage": 2}}
 
@@ -44,10 +45,13 @@ def _plan(tmp_path, **training) -> Plan:
     return make_plan(batch)
 
 
-def _training(tmp_path, **training) -> list[Stage]:
-    """Its features and its training."""
+def _training(tmp_path, **training) -> tuple[Features, Train]:
     plan = _plan(tmp_path, **training)
-    return [*plan.of("features"), *plan.of("train")]
+    return *plan.of(Features), *plan.of(Train)
+
+
+def _train(stage: Train, store: Store, board) -> None:
+    run_stage(stage, store, progress_to(board), RayWorkers(Share(cpus=1, gpus=False, devices=2), board))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     features, alone = _training(tmp_path, steps=6)
     store = Store(str(tmp_path / "alone"))
     run_stage(features, store, lambda *_: None)
-    assert train_pack([alone], store, lambda *_: None) == {}
+    run_stage(alone, store, lambda *_: None)
 
     (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": own}))
     deepspeed = {"config": str(tmp_path / "config.json")} if own else {}
@@ -76,10 +80,9 @@ def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     killed = threading.Thread(target=_kill_a_rank, args=(shared.scratch(stage.key) / "checkpoint.safetensors",))
     if strategy == "ddp":
         killed.start()
-    assert train_on_ranks(stage, shared, board, cpus=1, gpus=False) == {}
+    _train(stage, shared, board)
     assert ray.get(board.get.remote())[0][stage.key] == ("steps", 6, 6)
-    places = store.path("train", alone.key), shared.path("train", stage.key)
-    same_weights(*(ConceptWeights.load(place / "weights.safetensors") for place in places))
+    same_weights(alone.result(store).weights(), stage.result(shared).weights())
 
 
 @pytest.mark.slow
@@ -88,10 +91,10 @@ def test_what_a_rank_finds_wrong_is_said(tmp_path, board, monkeypatch):
     monkeypatch.setattr(ranks, "RESTARTS", 0)
     features, stage = _training(tmp_path, steps=6, strategy="ddp", ranks=2)
     store = Store(str(tmp_path / "store"))
-    path = run_stage(features, store, lambda *_: None) / "concept.safetensors"
+    path = run_stage(features, store, lambda *_: None).own
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises((ValueError, OSError), match=r"concept\.safetensors"):
-        train_on_ranks(stage, store, board, cpus=1, gpus=False)
+        _train(stage, store, board)
 
 
 def _kill_a_rank(checkpoint) -> None:
@@ -142,7 +145,7 @@ def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path):
         _, stage = _training(tmp_path, strategy="deepspeed", ranks=2, max_grad_norm=0.5, deepspeed=config)
         keys.add(stage.key)
         derived = deepspeed_config(2, 0.5, zero=2, offload=False)
-        assert stage.params["deepspeed"] == derived | {"zero_optimization": zero, "train_batch_size": 4}
+        assert stage.deepspeed == derived | {"zero_optimization": zero, "train_batch_size": 4}
     assert len(keys) == 2
 
 

@@ -1,0 +1,96 @@
+"""What the merge needs of a training, small beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.merge.constraints import Constraint, constraint_of, load_constraints, save_constraints
+from pipeline.stages.resident import resident_base
+from pipeline.stages.stage import Artifact, Context, Stage
+from pipeline.stages.train import Train
+from training.checkpoint import load_tensors, save_tensors
+from training.weights import token_tensors, tokens_from
+
+if TYPE_CHECKING:
+    from pipeline.cost.cluster import Forecast, Phase
+
+ROWS = 7
+"""Of a concept with the two default prompts."""
+
+
+class ConstraintFiles(Artifact):
+    @property
+    def file(self) -> Path:
+        return self.folder / "constraints.safetensors"
+
+    @property
+    def token_file(self) -> Path:
+        return self.folder / "tokens.safetensors"
+
+    @property
+    def facts(self) -> Path:
+        return self.folder / "trained.json"
+
+    def load(self) -> Iterator[Constraint]:
+        yield from load_constraints(self.file)
+
+    def tokens(self) -> dict[str, list[torch.Tensor]]:
+        return tokens_from(load_tensors(self.token_file)[0], self.token_file)
+
+    def trained(self) -> dict[str, Any]:
+        """Of the weights: `concepts` (name, token, class word), `nbytes` of the tensors, bytes of the `file`."""
+        return json.loads(self.facts.read_text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraints(Stage[ConstraintFiles]):
+    kind, version, on_device, at_once, artifact = "constraints", 1, True, 4, ConstraintFiles
+
+    @dataclass(frozen=True)
+    class Places:
+        base: str
+
+    prompts: tuple[str, ...]
+    places: Places
+
+    def run(self, context: Context) -> None:
+        backbone = resident_base(self.places.base)
+        (training,) = self.inputs_of(Train)
+        trained, made = training.result(context.store), ConstraintFiles(context.out)
+        weights = trained.weights()
+        save_constraints(made.file, constraint_of(backbone, weights, self.prompts))
+        save_tensors(made.token_file, token_tensors(weights.tokens))
+        size = trained.file.stat().st_size
+        described = {"concepts": weights.metadata["concepts"], "nbytes": weights.nbytes, "file": size}
+        made.facts.write_text(json.dumps(described))
+
+    @classmethod
+    def phase(cls, forecast: Forecast) -> Phase | None:
+        if not forecast.merges:
+            return None
+        moved = forecast.concepts * forecast.weights_bytes + constraint_bytes(forecast)
+        nodes = forecast.cluster.nodes
+        operations = 2 * constraint_rows(forecast) * forecast.model.trained
+        return forecast.phase(cls.kind, (moved, nodes), CPUs=operations / (nodes * forecast.float64))
+
+
+def constraint_rows(forecast: Forecast) -> int:
+    return forecast.concepts * ROWS
+
+
+def constraint_bytes(forecast: Forecast) -> int:
+    """Of all concepts, float64."""
+    width = forecast.model.text_width
+    return constraint_rows(forecast) * (width + forecast.model.trained // width) * 8
+
+
+def read_all(constraints: list[Constraints], context: Context) -> Iterator[Constraint]:
+    """Of all these stages, one file in memory at a time."""
+    for stage in constraints:
+        yield from stage.result(context.store).load()
