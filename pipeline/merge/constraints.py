@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,65 @@ import torch
 from training.backbone import Backbone
 from training.checkpoint import load_tensors, save_tensors
 from training.weights import ConceptWeights
+
+
+FORMS = (
+    "{}",
+    "a {}",
+    "photo of a {}",
+    "a photo of the {}",
+    "picture of my {} on a table",
+    "close up of {}",
+    "a small {}",
+    "a red {}",
+    "{} at the beach",
+    "a {} in the city",
+    "the {} under water",
+    "painting of a {} in the forest",
+    "a dog and a {}",
+    "a {} and a cat",
+)
+"""The prompts that a merge holds its concepts to when it is told none: many forms, so that it holds them to what people
+write, not to two sentences."""
+
+PAPER_PROMPTS = ("{}", "photo of a {}")
+"""Of the exact form, where each costs room (authors' `composenW.py`)."""
+
+UNSEEN = (
+    "photo of a {} on the beach",
+    "a {} in the snow",
+    "a very small {} at sunset",
+    "two dogs beside a {} in the rain",
+    "close up photo of a {} in a flower field",
+    "a {} and a pizza on the grass",
+    "my {} in the night sky",
+    "an old {} beside a river",
+    "{} with a red hat",
+    "the {} and a dog under water",
+    "a drawing of a {}",
+    "{} in front of a brick wall",
+    "a {} made of wood",
+    "a bowl of fruit next to a {}",
+    "the {} on top of a mountain",
+    "three {} in a garden",
+    "a {} at night, black and white",
+    "the back of a {}",
+    "a cup with a {} on it",
+    "a {} in the style of a comic",
+)
+"""Prompts that no merge is held to by default: what people write, to judge it by."""
+
+NOUNS = ("dog", "cat", "house", "car", "tree", "woman", "bottle", "chair", "flower", "boat")
+"""Of captions that speak of no concept, in the forms of `UNSEEN`."""
+
+PADDING = 0.1
+"""What an error at a position of padding counts, beside one at a word. Image positions attend to one position of padding
+a fifth as much as to one word (measured on the miniature), but there are many, all alike."""
+
+KEPT = 0.99
+"""Share of a concept's rows, in squares, that its principal rows keep. The rest is what one prompt differs from the
+others in; holding it takes room from other concepts (32 on the miniature keep 0.96 of what they learnt with it, 0.87
+with all)."""
 
 
 @dataclass(frozen=True)
@@ -26,54 +85,129 @@ class Constraint:
     changes: dict[str, torch.Tensor]
 
 
-@torch.no_grad()
-def constraint_of(backbone: Backbone, weights: ConceptWeights, prompts: Sequence[str]) -> list[Constraint]:
-    """The constraint rows of the concepts that a `ConceptWeights` holds.
+def constraint_of(
+    backbone: Backbone, weights: ConceptWeights, prompts: Sequence[str] | None = None, *, exact: bool = False
+) -> list[Constraint]:
+    """The constraints of the concepts that a `ConceptWeights` holds.
 
     For each prompt, the positions from the concept's first word (its token, or its class word where it has none) to
     end-of-text ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
-    `diffusers_composenW.py`).
+    `diffusers_composenW.py`). Beside them the padding behind, which image positions attend to as well, by `PADDING`;
+    of all these rows, divided by the number of prompts, the principal ones (`KEPT`).
 
+    Args:
+        prompts: `{}` stands for the concept; None: those of `FORMS`, or of `PAPER_PROMPTS`, that fit.
+        exact: the rows themselves, without padding, as equation 4 has them.
     Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else, and for
         prompts that are too long.
     """
+    made = []
+    forms = prompts or (PAPER_PROMPTS if exact else FORMS)
+    for name, words, padding in _rows(backbone, weights, forms, only_fitting=prompts is None):
+        if exact:
+            rows = _distinct(words)
+        else:
+            rows = _principal(torch.cat([words, PADDING**0.5 * padding]) / len(forms) ** 0.5)
+        made.append(_demanded(name, rows, weights))
+    return made
+
+
+def unseen_of(backbone: Backbone, weights: ConceptWeights) -> list[tuple[Constraint, Constraint]]:
+    """Of each concept, what its weights do on prompts that no merge is held to (`UNSEEN`): at the positions from its
+    first word to end-of-text, and at padding; principal rows of each, to be judged with `pipeline.merge.solve.missed`.
+
+    Raises: as `constraint_of`.
+    """
+    return [
+        (_demanded(name, _principal(words), weights), _demanded(name, _principal(padding), weights))
+        for name, words, padding in _rows(backbone, weights, UNSEEN, only_fitting=True)
+    ]
+
+
+@torch.no_grad()
+def _rows(
+    backbone: Backbone, weights: ConceptWeights, forms: Sequence[str], *, only_fitting: bool
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Of each concept its name, and over all forms its rows from its first word to end-of-text, and those of padding."""
     if set(weights.deltas) != set(backbone.layers):
         raise ValueError(
             f"weights made by {weights.metadata.get('method', 'another method')} cannot be merged: only changes of the "
             "base's text K/V layers can (custom_diffusion)"
         )
-    made = []
     with backbone.changed({}, weights.tokens):
         tokenizer = backbone.tokenizers[0]
         for described in weights.metadata["concepts"]:
-            rows = []
-            for prompt in prompts:
-                caption = prompt.format(f"{described['token']} {described['class_word']}".strip())
-                backbone.words.check_fits([caption])
-                first = len(tokenizer(prompt.partition("{}")[0]).input_ids) - 1  # without its end-of-text
+            phrase = f"{described['token']} {described['class_word']}".strip()
+            words, padding = [], []
+            for form in forms:
+                caption = form.format(phrase)
+                try:
+                    backbone.words.check_fits([caption])
+                except ValueError:
+                    if only_fitting and form != forms[0]:
+                        continue
+                    raise
+                first = len(tokenizer(form.partition("{}")[0]).input_ids) - 1  # without its end-of-text
+                end = backbone.num_tokens(caption) + 1
                 features = backbone.encode_text([caption]).hidden[0].cpu().double()
-                rows.append(features[first : backbone.num_tokens(caption) + 1])
-            stacked = _distinct(torch.cat(rows))
-            changes = {layer: stacked @ delta.double().T for layer, delta in weights.deltas.items()}
-            made.append(Constraint(described["name"], stacked, changes))
-    return made
+                words.append(features[first:end])
+                padding.append(features[end:])
+            yield described["name"], torch.cat(words), torch.cat(padding)
+
+
+def _demanded(name: str, rows: torch.Tensor, weights: ConceptWeights) -> Constraint:
+    return Constraint(name, rows, {layer: rows @ delta.double().T for layer, delta in weights.deltas.items()})
+
+
+def _principal(rows: torch.Tensor) -> torch.Tensor:
+    """The fewest rows R with R^T R = rows^T rows but for 1 - `KEPT` of its trace: singular vectors by their values."""
+    if not rows.isfinite().all():
+        return rows[:1]  # the caller names the file
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    energy = values.square().cumsum(0)
+    count = int((energy < KEPT * energy[-1]).sum()) + 1
+    return values[:count, None] * vectors[:count]
 
 
 def row_count(tokenizer, prompts: Sequence[str], class_word: str) -> int:
-    """How many rows `constraint_of` makes of a concept, at most, without its weights."""
+    """How many rows the exact `constraint_of` makes of a concept, at most, without its weights."""
     words = [f"{class_word}{prompt.partition('{}')[2]}" for prompt in prompts]
     return sum(1 + len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in words)  # V*, words, end
 
 
 @torch.no_grad()
-def regularization_rows(backbone: Backbone, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-    """C_reg: (m, d) float64, features of all positions that carry a caption (begin-of-text and padding left out)."""
+def regularization_rows(
+    backbone: Backbone, captions: Sequence[str], batch_size: int = 64, *, exact: bool = False
+) -> torch.Tensor:
+    """C_reg: (m, d) float64, features of the captions' words and end-of-text.
+
+    Beside them begin-of-text, the padding, by `PADDING`, and the empty prompt, which guidance multiplies, once for ten
+    captions: every image attends to these, and no caption's words hold them where they are (SPEED, arXiv 2503.07392).
+    exact: the words and end-of-text alone, as the authors have it.
+    """
     rows = []
-    for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
+    texts = list(captions) if exact else [*captions, *[""] * (len(captions) // 10 + 1)]
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
         hidden = backbone.encode_text(batch).hidden.cpu().double()
-        rows += [hidden[i, 1 : 1 + backbone.num_tokens(caption)] for i, caption in enumerate(batch)]
+        for i, text in enumerate(batch):
+            end = 1 + backbone.num_tokens(text)
+            rows += [hidden[i, 1:end]] if exact else [hidden[i, :end], PADDING**0.5 * hidden[i, end:]]
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def held_out_rows(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """Rows to judge by what a merge moves that it should leave alone: `words`, `padding` and `empty`, each (m, d)
+    float64, of captions that speak of no concept and stand in no merge, and of the empty prompt."""
+    captions = [form.format(noun) for noun in NOUNS for form in UNSEEN[:5]]
+    hidden = backbone.encode_text(captions).hidden.cpu().double()
+    ends = [1 + backbone.num_tokens(caption) for caption in captions]
+    return {
+        "words": torch.cat([h[1:end] for h, end in zip(hidden, ends, strict=True)]),
+        "padding": torch.cat([h[end:] for h, end in zip(hidden, ends, strict=True)]),
+        "empty": backbone.encode_text([""]).hidden[0].cpu().double(),
+    }
 
 
 def save_constraints(path: Path, constraints: Sequence[Constraint]) -> None:

@@ -10,15 +10,15 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import torch
 
 from pipeline.merge.compress import rounded
-from pipeline.merge.constraints import Constraint, constraint_of, regularization_rows
+from pipeline.merge.constraints import FORMS, PAPER_PROMPTS, Constraint, constraint_of, regularization_rows
 from pipeline.merge.factors import MergedModel
-from pipeline.merge.solve import MergeReport, Sums, merge, merge_sums, report
+from pipeline.merge.solve import Form, MergeReport, Sums, merge, merge_sums, report
 from pipeline.reading import read_lines, shown
 from pipeline.release.publish import resolve
 from pipeline.spec import Merge
@@ -98,7 +98,7 @@ def merge_files(
     captions: Path,
     base: str | Path,
     *,
-    form: Literal["auto", "hard", "soft"] = "auto",
+    form: Form = "soft",
     sums: Path | None = None,
     remove: Sequence[Path] = (),
     out: Path,
@@ -109,27 +109,27 @@ def merge_files(
     Args:
         captions: text file of regularisation captions, one a line.
         sums: file of what is merged already (`Sums`, with the concepts' tokens): read when it is there, and written
-            anew. A model merged from sums takes the soft form, and needs no files of the other concepts.
+            anew. This needs no files of the other concepts, and the soft form.
         remove: weight files of concepts to take out of `sums`.
     Raises: ValueError for weights of another base, two concepts with one token or name, an empty caption file, a
-        concept to remove that is not merged or was trained again since, the hard form with sums.
+        concept to remove that is not merged or was trained again since, the paper's form with sums.
     """
-    if sums and form == "hard":
-        raise ValueError("merge: the hard form needs the files of all concepts; with sums it is the soft one")
+    if sums and form == "paper":
+        raise ValueError("merge: the paper's form needs the files of all concepts; with sums it is the soft one")
     if remove and not sums:
         raise ValueError("merge: name the sums that concepts are to be removed from")
     backbone = load_backbone(base)
     lines = [line for _, line in read_lines(captions, "file of captions, one a line")]
     if not lines:
         raise ValueError(f"{captions}: no captions in it; one a line is expected")
-    rows = regularization_rows(backbone, lines)
+    rows = regularization_rows(backbone, lines, exact=form == "paper")
     weights_of_layers = {name: layer.weight.data for name, layer in backbone.layers.items()}
     merged = _Merged.load(sums, backbone) if sums and sums.exists() else _Merged(None, {}, [], {})
     for path in remove:
         merged = merged.without(path, backbone)
     constraints = []
     for path in paths:
-        merged, added = merged.with_added(path, backbone)
+        merged, added = merged.with_added(path, backbone, form)
         constraints += added
     if not merged.concepts:
         left = f"no concept is left; {sums} can be deleted" if remove else "no concepts; name their weights.safetensors"
@@ -188,7 +188,7 @@ class _Merged:
         described = {"base": backbone.digest, "concepts": self.concepts, "demanded": self.demanded}
         sums.save(path, token_tensors(self.tokens), {"merged": json.dumps(described)})
 
-    def with_added(self, path: Path, backbone: Backbone) -> tuple[_Merged, list[Constraint]]:
+    def with_added(self, path: Path, backbone: Backbone, form: Form) -> tuple[_Merged, list[Constraint]]:
         """With the concepts of a file, and their constraints, which are not in the sums yet."""
         weights = load_concepts(path, backbone)
         names = {concept["name"] for concept in self.concepts}
@@ -205,9 +205,9 @@ class _Merged:
                     f"{path}: {what} {word!r} is that of the concept {other!r} too; train one of them with another"
                 )
         concepts = [*self.concepts, *weights.metadata["concepts"]]
-        demanded = self.demanded | {concept["name"]: _digest(weights) for concept in weights.metadata["concepts"]}
+        demanded = self.demanded | {concept["name"]: _digest(weights, FORMS) for concept in weights.metadata["concepts"]}
         try:
-            constraints = constraint_of(backbone, weights, DEFAULTS.prompts)
+            constraints = constraint_of(backbone, weights, exact=form == "paper")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if not all(rows.isfinite().all() for each in constraints for rows in (each.rows, *each.changes.values())):
@@ -217,7 +217,9 @@ class _Merged:
     def without(self, path: Path, backbone: Backbone) -> _Merged:
         weights = load_concepts(path, backbone)
         gone = {concept["name"] for concept in weights.metadata["concepts"]}
-        digest = _digest(weights)
+        # sums of older versions are over the paper's rows
+        exact = _digest(weights, PAPER_PROMPTS) in (self.demanded.get(name) for name in gone)
+        digest = _digest(weights, PAPER_PROMPTS if exact else FORMS)
         if self.sums is None or any(self.demanded.get(name) != digest for name in gone):
             raise ValueError(
                 f"{path}: these weights of {', '.join(sorted(gone))} are not among the concepts merged; name the very "
@@ -227,7 +229,7 @@ class _Merged:
         concepts = [concept for concept in self.concepts if concept["name"] not in gone]
         demanded = {name: known for name, known in self.demanded.items() if name not in gone}
         # of nothing but rounding, when no concept is left
-        sums = self.sums - Sums.over(constraint_of(backbone, weights, DEFAULTS.prompts)) if concepts else None
+        sums = self.sums - Sums.over(constraint_of(backbone, weights, exact=exact)) if concepts else None
         return _Merged(sums, tokens, concepts, demanded)
 
 
@@ -236,12 +238,12 @@ def _word(concept: dict[str, Any]) -> str:
     return spelling(concept["token"] or concept["class_word"])
 
 
-def _digest(weights: ConceptWeights) -> str:
+def _digest(weights: ConceptWeights, prompts: Sequence[str]) -> str:
     """sha256 of all that a file demands of a merge: its changes and tokens, and the constraint prompts.
 
     Not of the constraint made of them, whose rounding is that of the machine.
     """
-    digest = hashlib.sha256(json.dumps(DEFAULTS.prompts).encode())
+    digest = hashlib.sha256(json.dumps(prompts).encode())
     for name, tensor in sorted((weights.deltas | token_tensors(weights.tokens)).items()):
         digest.update(name.encode() + tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,12 +9,12 @@ Symbols, with d the width of the text features, s the constraint rows in all, m 
 
 The merged change of layer l has rank at most s, with a right factor that all layers share:
 
-    hard   R = (C G^-1 C^T)^-1 C G^-1        left_l = D_l^T
+    paper  R = (C G^-1 C^T)^-1 C G^-1        left_l = D_l^T
     soft   R = U^T (G + mu C^T C)^-1         left_l = mu (U^T C^T D_l)^T, U an orthonormal basis of the rows of C
 
-which are the constrained minimum of ||(W - W_0) C_reg^T|| and the minimum of ||(W - W_0) C_reg^T||^2 +
-mu ||W C^T - V||^2. The soft form needs of the concepts only the sums C^T C and C^T D_l, of one size for any number of
-concepts. Everything is float64.
+which are the constrained minimum of ||(W - W_0) C_reg^T|| (equation 4: every row is met exactly) and the minimum of
+||(W - W_0) C_reg^T||^2 + mu ||W C^T - V||^2. The soft form needs of the concepts only the sums C^T C and C^T D_l, of
+one size for any number of concepts and prompts. Everything is float64.
 """
 
 from __future__ import annotations
@@ -37,29 +37,22 @@ INDEPENDENT = 1e12
 """Condition of C G^-1 C^T up to which rows count as independent: then four of float64's sixteen digits are left."""
 PENALTIES = (1e-6, 100.0)
 """Between which a penalty is chosen, relative to the mean of G's diagonal. At the upper end the soft form meets its
-constraints as the hard one does; at the lower end it changes next to nothing."""
+constraints as the paper's does; at the lower end it changes next to nothing."""
 
-
-class Dependent(ValueError):
-    """Constraint rows that cannot all be met exactly. fact: why, without what to do."""
-
-    def __init__(self, fact: str) -> None:
-        super().__init__(f"merge: {fact}; use `merge: {{form: soft}}`, or fewer concepts or constraint prompts")
-        self.fact = fact
+Form = Literal["soft", "paper"]
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """How well a merge did.
 
-    form: that was solved; why: that one. penalty: of the soft form, relative to the mean of G's diagonal; else None.
+    form: that was solved. penalty: of the soft form, relative to the mean of G's diagonal; else None.
     residuals: concept -> worst layer's ||W^ C_i^T - V_i|| / ||V_i - W_0 C_i^T||: 0 is met exactly, 1 not at all.
     drift: ||(W^ - W_0) C_reg^T|| / ||W_0 C_reg^T|| over all layers: how far the regularisation captions moved.
     condition: of the system that was solved; rows: s.
     """
 
-    form: Literal["hard", "soft", "none"]
-    why: str
+    form: Literal["soft", "paper", "none"]
     residuals: dict[str, float]
     drift: float
     condition: float
@@ -157,7 +150,7 @@ def merge(
     regularization: torch.Tensor,
     base: dict[str, torch.Tensor],
     *,
-    form: Literal["auto", "hard", "soft"] = "auto",
+    form: Form = "soft",
     damping: float = 1e-6,
     max_drift: float = 0.1,
     penalty: float | None = None,
@@ -168,45 +161,20 @@ def merge(
         constraints: of all concepts.
         regularization: C_reg, (m, d) float64.
         base: layer -> W_0 (out, d), for the drift.
-        form: `auto` takes the hard form while the rows are independent (no more than d, and `INDEPENDENT`) and meeting
-            them exactly keeps to `max_drift`. Two concepts that nearly agree in their rows and not in what they demand
-            of them can be met exactly, but at the cost of everything else.
+        form: `soft`; or `paper`, which meets every row exactly, whatever that moves.
         damping: added to G's diagonal, relative to its mean.
-        max_drift: how far the regularisation captions may move, see `MergeReport.drift`.
+        max_drift: of the soft form, how far the regularisation captions may move, see `MergeReport.drift`.
         penalty: mu of the soft form, relative to the mean of G's diagonal; None: the largest that keeps to `max_drift`.
 
     Returns: the merged model in float64 factors without tokens, and the report.
-    Raises: ValueError when the hard form is asked for and the rows are not independent, or G is singular.
+    Raises: ValueError when the paper's form is asked for and the rows are not independent, or G is singular.
     """
-    gram, _ = damped_gram(regularization, damping)
-    why = "asked for"
-    if form != "soft":
-        try:
-            model, condition = solve_hard(constraints, gram)
-        except Dependent as error:
-            if form == "hard":
-                raise
-            why = error.fact
-        else:
-            measured = report(model, constraints, regularization, base, form="hard", why=why, condition=condition)
-            moved = f"meeting all constraints exactly moves the regularisation captions by {measured.drift:.2g}"
-            if form == "hard":
-                return model, measured
-            if measured.drift <= max_drift:
-                return model, dataclasses.replace(
-                    measured, why=f"{moved} of their size, at most {max_drift:g} is allowed"
-                )
-            why = f"{moved} of their size, more than the {max_drift:g} that are allowed"
-    return merge_sums(
-        Sums.over(constraints),
-        constraints,
-        regularization,
-        base,
-        damping=damping,
-        max_drift=max_drift,
-        penalty=penalty,
-        why=why,
-    )
+    if form == "soft":
+        sums = Sums.over(constraints)
+        limits = {"damping": damping, "max_drift": max_drift, "penalty": penalty}
+        return merge_sums(sums, constraints, regularization, base, **limits)
+    model, condition = solve_exactly(constraints, damped_gram(regularization, damping)[0])
+    return model, report(model, constraints, regularization, base, form="paper", condition=condition)
 
 
 def merge_sums(
@@ -218,19 +186,13 @@ def merge_sums(
     damping: float,
     max_drift: float,
     penalty: float | None = None,
-    why: str = "",
 ) -> tuple[MergedModel, MergeReport]:
-    """As `merge`, in the soft form, from sums; `constraints` are those that the report measures, none are needed.
-
-    why: this form was taken; by default, that there are only sums.
-    """
+    """As `merge`, in the soft form, from sums; `constraints` are those that the report measures, none are needed."""
     gram, scale = damped_gram(regularization, damping)
     if penalty is None:
         penalty = allowed_penalty(sums, gram, base, max_drift) / float(scale)
     model, condition = solve_soft(sums, gram, penalty * scale)
-    if not why:
-        why = _too_many(sums.rows, sums.names, len(gram)) if sums.rows > len(gram) else "solved from sums"
-    measured = report(model, constraints, regularization, base, form="soft", why=why, condition=condition)
+    measured = report(model, constraints, regularization, base, form="soft", condition=condition)
     return model, dataclasses.replace(measured, rows=sums.rows, penalty=penalty)
 
 
@@ -271,23 +233,26 @@ def allowed_penalty(sums: Sums, gram: torch.Tensor, base: dict[str, torch.Tensor
     return math.exp(low)
 
 
-def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[MergedModel, float]:
-    """The hard form, and the condition of its system. gram: G, damped.
+def solve_exactly(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[MergedModel, float]:
+    """The paper's form, and the condition of its system. gram: G, damped.
 
-    Raises: Dependent when there are more rows than the text features are wide, or they nearly depend on one another;
-        ValueError when G is singular.
+    Raises: ValueError when there are more rows than the text features are wide, they nearly depend on one another, or G
+        is singular.
     """
     C = torch.cat([c.rows for c in constraints])
     s, width = C.shape
     if s > width:
-        raise Dependent(_too_many(s, constraints, width))
+        raise ValueError(
+            f"merge: {s} constraint rows of {len(constraints)} concepts, but text features {width} wide can meet at "
+            f"most {width} exactly; {_OTHERWISE}"
+        )
     d = torch.cholesky_solve(C.T, gram_factor(gram)).T  # C G^-1, (s, d)
     system = d @ C.T  # (s, s), symmetric positive definite where the rows are independent
     condition = _condition(system)
     if not condition < INDEPENDENT:
-        raise Dependent(
-            f"the constraint rows of {', '.join(c.name for c in constraints)} are not independent "
-            f"(condition {condition:.1e}): two concepts nearly agree"
+        raise ValueError(
+            f"merge: the constraint rows of {', '.join(c.name for c in constraints)} are not independent (condition "
+            f"{condition:.1e}): two concepts nearly agree; {_OTHERWISE}"
         )
     # the small system belongs to the shared side: the layers' side is what the concepts demand, as it is
     right = torch.cholesky_solve(d, torch.linalg.cholesky(system))
@@ -295,17 +260,13 @@ def solve_hard(constraints: Sequence[Constraint], gram: torch.Tensor) -> tuple[M
     return MergedModel(left, {SHARED: right}, {}), condition
 
 
+_OTHERWISE = "use `merge: {form: soft}`, or fewer concepts or constraint prompts"
+
+
 def _condition(system: torch.Tensor) -> float:
     """Of a symmetric matrix; infinite where it is not positive definite, but for rounding."""
     values = torch.linalg.eigvalsh(system)
     return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
-
-
-def _too_many(rows: int, concepts: Sequence[object], width: int) -> str:
-    return (
-        f"{rows} constraint rows of {len(concepts)} concepts, but text features {width} wide can meet at most {width} "
-        "exactly"
-    )
 
 
 def gram_factor(gram: torch.Tensor) -> torch.Tensor:
@@ -349,26 +310,43 @@ def report(
     regularization: torch.Tensor,
     base: dict[str, torch.Tensor],
     *,
-    form: Literal["hard", "soft", "none"] = "none",
-    why: str = "",
+    form: Literal["soft", "paper", "none"] = "none",
     condition: float = float("nan"),
 ) -> MergeReport:
     """Measure any factored model against constraints, one in memory at a time (see `MergeReport`)."""
     residuals, rows = {}, 0
-    projected = {}
     for constraint in constraints:
-        missed = []
-        for layer, demand in constraint.changes.items():
-            left, right = model.factors(layer)
-            met = (constraint.rows @ right.double().T) @ left.double().T
-            missed.append((met - demand).norm() / demand.norm().clamp(min=1e-30))
-        residuals[constraint.name] = float(torch.stack(missed).max())  # NaN where one is
+        missed_of = [norm / max(own, 1e-30) for norm, own in _missed(model, constraint).values()]
+        residuals[constraint.name] = float(torch.tensor(missed_of).max())  # NaN where one is
         rows += len(constraint.rows)
-    moved = stayed = 0.0
+    return MergeReport(form, residuals, moved(model, regularization, base), condition, rows)
+
+
+def missed(model: MergedModel, demanded: Constraint) -> float:
+    """||(W^ - W_i) C^T|| / ||(W_i - W_0) C^T|| over all layers: 0, the merged model does at these rows what the
+    concept's own does; 1, it does nothing, or as much else."""
+    pairs = torch.tensor(list(_missed(model, demanded).values())).square().sum(0)
+    return float((pairs[0] / pairs[1].clamp(min=1e-60)).sqrt())
+
+
+def _missed(model: MergedModel, constraint: Constraint) -> dict[str, tuple[float, float]]:
+    """Layer -> norm of what is missed, and of what is demanded."""
+    pairs = {}
+    for layer, demand in constraint.changes.items():
+        left, right = model.factors(layer)
+        met = (constraint.rows @ right.double().T) @ left.double().T
+        pairs[layer] = float((met - demand).norm()), float(demand.norm())
+    return pairs
+
+
+def moved(model: MergedModel, rows: torch.Tensor, base: dict[str, torch.Tensor]) -> float:
+    """||(W^ - W_0) C^T|| / ||W_0 C^T|| over all layers: how far the keys and values at these rows, (m, d), move."""
+    changed = stayed = 0.0
+    projected: dict[int, torch.Tensor] = {}
     for layer in model.layers:
         left, right = model.factors(layer)
         if id(right) not in projected:
-            projected[id(right)] = regularization @ right.double().T
-        moved += float((projected[id(right)] @ left.double().T).square().sum())
-        stayed += float((regularization @ base[layer].double().cpu().T).square().sum())
-    return MergeReport(form, why, residuals, (moved / stayed) ** 0.5, condition, rows)
+            projected[id(right)] = rows @ right.double().T
+        changed += float((projected[id(right)] @ left.double().T).square().sum())
+        stayed += float((rows @ base[layer].double().cpu().T).square().sum())
+    return (changed / stayed) ** 0.5
