@@ -113,7 +113,7 @@ def _prompts(batch: ConceptBatch, concept: Concept) -> dict[str, list[str]]:
         "training.prompt": [caption, *(f"{words} {caption}" for words in SIZE_WORDS if training.augment)],
         f"{own}prompts": [prompt.format(phrase) for prompt in batch.prompts_of(concept)],
     }
-    if METHODS[training.method].unet == "text_kv":
+    if METHODS[training.method].unet == "text_kv" and batch.merge.prompts:
         prompts["merge.prompts"] = [prompt.format(phrase) for prompt in batch.merge.prompts]
     if training.regularization == "generated":
         prompts["class_prompt"] = [generated_prompt(batch, concept)]
@@ -125,7 +125,7 @@ def generated_prompt(batch: ConceptBatch, concept: Concept) -> str:
 
 
 def initializer_of(concept: Concept) -> str | int:
-    """The word its row starts from, or which of the rare words: by the token, whatever its neighbours are."""
+    """The word its row starts from, or the number of a row of its own: by the token, whatever its neighbours are."""
     return concept.initializer or zlib.crc32(concept.token.encode())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.checks import check_concepts, check_models, generated_prompt, initializer_of, read_block_list
-from pipeline.merge.constraints import row_count
+from pipeline.merge.constraints import FORMS, PAPER_PROMPTS, row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.places import masked
@@ -203,19 +203,22 @@ class _Wiring:
     def merge(self, trained: Sequence[Train], regularization: Sequence[Regularization]) -> list[Stage[Any]]:
         """The constraints of trained text K/V layers, their sums, and last the merge."""
         batch, shape = self.batch, self.shape
-        prompts, base = batch.merge.prompts, batch.base_path
+        exact, base = batch.merge.form == "paper", batch.base_path
+        prompts = batch.merge.prompts or (PAPER_PROMPTS if exact else FORMS)
         constraints = [
-            Constraints(name=t.name, inputs=(t,), prompts=prompts, places=Constraints.Places(base)) for t in trained
+            Constraints(name=t.name, inputs=(t,), prompts=prompts, exact=exact, places=Constraints.Places(base))
+            for t in trained
         ]
-        rows = sum(row_count(shape.words.tokenizers[0], prompts, c.class_word) for c in batch.concepts)
         sums: list[AddUp] = []
-        if len(trained) > 1 and (batch.merge.form == "soft" or rows > shape.text_width):
-            if batch.merge.form == "hard":
+        if len(trained) > 1 and exact:
+            rows = sum(row_count(shape.words.tokenizers[0], prompts, c.class_word) for c in batch.concepts)
+            if rows > shape.text_width:
                 raise ValueError(
                     f"merge.form: {len(batch.concepts)} concepts make {rows} constraint rows, but text features "
-                    f"{shape.text_width} wide can meet at most {shape.text_width} exactly; use 'auto' or 'soft', or "
-                    "fewer concepts or constraint prompts"
+                    f"{shape.text_width} wide can meet at most {shape.text_width} exactly; use 'soft', or fewer "
+                    "concepts or constraint prompts"
                 )
+        elif len(trained) > 1:
             sums = [
                 AddUp(name=f"{SUMMED} from {i}", inputs=tuple(constraints[i : i + SUMMED]))
                 for i in range(0, len(constraints), SUMMED)

@@ -67,7 +67,8 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
     Keys: `name`, `release`, `seconds` (kind -> stage -> seconds), `seconds_per_kind`, `seconds_total`, `concepts`
     (name -> token, class_word, measures of each model, the comparisons of `compare`, regularization), `overall` (means
     over the concepts), `left_out` (what retrieval did not use, in sentences), `worst` (the least favourable concept of
-    each comparison), `merge`, `residuals` and `drift` (before and after compression) and `bytes`.
+    each comparison), `merge`, `unseen` (what the merged model misses of a concept's change on prompts that were no
+    constraint), `moved` (other captions), `residuals` and `drift` (before and after compression) and `bytes`.
     """
     (merge,) = plan.of(Merge)
     made = merge.result(store)
@@ -89,8 +90,10 @@ def summary(plan: Plan, store: Store, release: str) -> dict[str, Any]:
         "left_out": _left_out(plan, store),
         "overall": _overall(concepts),
         "worst": _worst(concepts),
-        "merge": {key: merged[key] for key in ("form", "why", "rows", "regularization_captions", "condition")}
+        "merge": {key: merged[key] for key in ("form", "rows", "regularization_captions", "condition")}
         | {"compression_error": merged["compressed"]["error"]},
+        "unseen": merged["unseen"],
+        "moved": merged["moved"],
         "residuals": {"before": merged["residuals"], "after": merged["compressed"]["residuals"]},
         "drift": {"before": merged["drift"], "after": merged["compressed"]["drift"]},
         "bytes": sizes | {"ratio": sizes["merged"] / sizes["concepts"]},

@@ -304,8 +304,10 @@ class Training(Section):
 class Merge(Section):
     partial: bool = False
     """Go on without the concepts that failed (the run then ends with exit code 5); otherwise nothing is merged."""
-    form: Literal["auto", "hard", "soft"] = "auto"
-    """Constraints met exactly, or as a penalty; auto: exactly while that keeps to `max_drift`."""
+    form: Literal["soft", "paper"] = "soft"
+    """`soft` keeps each concept as close to its own weights as `max_drift` allows, over many prompts. `paper` meets the
+    constraint prompts exactly (Custom Diffusion, equation 4), whatever that moves. (`auto` and `hard` are their older
+    names.)"""
     max_drift: float = Field(0.1, gt=0)
     """How far the regularisation captions' keys and values may move, as a share of their size (a single concept's
     training moves them by about 0.1). Beyond it each concept is met less."""
@@ -315,13 +317,18 @@ class Merge(Section):
     """Regularisation captions in G at most (the authors: 200 to 1000)."""
     damping: float = Field(1e-6, ge=0)
     """Added to G's diagonal, relative to its mean, so that its factorisation exists."""
-    prompts: tuple[str, ...] = Field(("{}", "photo of a {}"), min_length=1)
-    """Constraint prompts; `{}` stands for the concept."""
+    prompts: tuple[str, ...] | None = Field(None, min_length=1)
+    """Constraint prompts; `{}` stands for the concept. By default fourteen of many forms, or the paper's two."""
+
+    @field_validator("form", mode="before")
+    @classmethod
+    def _older_names(cls, value: Any) -> Any:
+        return {"auto": "soft", "hard": "paper"}.get(value, value) if isinstance(value, str) else value
 
     @field_validator("prompts")
     @classmethod
-    def _prompts_name_the_concept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(check_prompt, value))
+    def _prompts_name_the_concept(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value and tuple(map(check_prompt, value))
 
 
 class Compress(Section):

@@ -336,12 +336,12 @@ def merge(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("merged.safetensors"),
     base: Annotated[str, typer.Option(help="Base model: folder, hub name, or 'miniature'.")] = "miniature",
     form: Annotated[
-        Literal["auto", "hard", "soft"],
-        typer.Option(help="Constraints met exactly, or as a penalty; auto: exactly while they are independent."),
-    ] = "auto",
+        Literal["soft", "paper"],
+        typer.Option(help="soft: as close to each concept as other captions allow; paper: equation 4, met exactly."),
+    ] = "soft",
     sums: Annotated[
         Path | None,
-        typer.Option(help="What is merged already: read when it is there, and written anew. Takes the soft form."),
+        typer.Option(help="What is merged already: read when it is there, and written anew."),
     ] = None,
     remove: Annotated[
         list[Path] | None, typer.Option(help="weights.safetensors of concepts to take out of --sums.")
@@ -363,8 +363,8 @@ def merge(
     worst = max(report.residuals.items(), key=lambda item: item[1], default=None)
     of = " of those added" if sums else ""
     print(
-        f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form "
-        f"({report.why}), {out.stat().st_size / 1e6:.2f} MB, "
+        f"made {out}: {len(model.metadata['concepts'])} concepts, {report.rows} constraint rows, {report.form} form, "
+        f"{out.stat().st_size / 1e6:.2f} MB, "
         f"{f'worst residual{of} {worst[1]:.1e} ({worst[0]}), ' if worst else ''}drift {report.drift:.3f}"
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 from training.base import base_digest, check_base
 from training.methods.method import UNetPart
 from training.parts import short_name, text_kv_layers, unet_parameters
-from training.tokens import Words, add_tokens, single_id
+from training.tokens import Words, add_tokens, own_row, single_id
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ class Backbone:
         return len(tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
 
     def add_tokens(self, tokens: Sequence[str], initializers: Sequence[str | int]) -> list[TokenRows]:
-        """Teach the tokenizers new words, each starting from the embedding of a word of one token; a number takes
-        that one of `RARE_WORDS`, in turn.
+        """Teach the tokenizers new words, each starting from the embedding of a word of one token, or from a row of its
+        own (`own_row`) where it is a number.
 
         Returns: the trainable rows, one module per text encoder, in the order of `tokens`.
         Raises: ValueError for a token that is no new word (`Words.check_new`), or an initialiser of several tokens.
@@ -186,10 +186,11 @@ class Backbone:
         words = self.words
         for token in tokens:
             words.check_new(token)
-        rows = [
-            torch.stack([encoder.get_input_embeddings().weight[single_id(t, word)].detach() for word in initializers])
-            for t, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
-        ]
+        rows = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            table = encoder.get_input_embeddings().weight.detach()
+            starts = [table[single_id(tokenizer, i)] if isinstance(i, str) else own_row(table, i) for i in initializers]
+            rows.append(torch.stack(starts))
         return self._add_rows(tokens, rows)
 
     def _add_rows(self, tokens: Sequence[str], rows: Sequence[torch.Tensor]) -> list[TokenRows]:

@@ -41,7 +41,7 @@ class TrainingConcept:
     token: str
     """New or rare, as the method says; empty for a new category, which goes by its class word alone."""
     initializer: str | int
-    """A word of one token, or which of `RARE_WORDS`."""
+    """A word of one token, or a number for a row of its own, see `training.tokens.own_row`."""
     class_word: str
     features: ConceptFeatures
     regularization: RegularizationFeatures | None

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from training.methods.method import RARE_WORDS
+from training.seeds import generator
 
 MARKS = "<>_*~^|={}\\`"
 """Characters that stand in no sentence: a token with one of them is not found in other words, or at a word's end."""
@@ -74,9 +77,10 @@ class Words:
                 )
 
     def check_initializer(self, initializer: str | int) -> None:
-        """Raises: ValueError for a word that is not one token; see `single_id`."""
-        for tokenizer in self.tokenizers:
-            single_id(tokenizer, initializer)
+        """Raises: ValueError for a word that is not one token (see `single_id`); numbers always do."""
+        if isinstance(initializer, str):
+            for tokenizer in self.tokenizers:
+                single_id(tokenizer, initializer)
 
     def check_fits(self, texts: Sequence[str]) -> None:
         """Raises: ValueError for a text of more tokens than the text encoders take: what is beyond would be cut off."""
@@ -115,22 +119,28 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     return ids
 
 
-def single_id(tokenizer: Any, word: str | int) -> int:
-    """Id of a word of one token, or of a piece of a word: the authors' `ktn` is one. A number takes that one of
-    `RARE_WORDS`, in turn.
+def single_id(tokenizer: Any, word: str) -> int:
+    """Id of a word of one token, or of a piece of a word: the authors' `ktn` is one.
 
     Raises: ValueError for a word of several tokens, or none.
     """
-    if isinstance(word, int):
-        known = [rare for rare in RARE_WORDS if _id_of(tokenizer, rare) is not None]
-        if not known:
-            raise ValueError(f"none of {RARE_WORDS} is one token for this base model; give each concept an initializer")
-        word = known[word % len(known)]
     found = _id_of(tokenizer, word)
     if found is None:
         pieces = tokenizer.tokenize(word)
         raise ValueError(f"initializer {word!r}: must be one token for this base model, is {len(pieces)}: {pieces}")
     return found
+
+
+def own_row(table: torch.Tensor, number: int) -> torch.Tensor:
+    """Where a new token starts that no word lends its embedding: drawn for this number from the spread of the rows in
+    an embedding table (words, width), and as long as these are on average; (width,), dtype and device of the table.
+
+    Concepts that start from the same few rare words, as in the authors' code, stay alike in all that the text encoder
+    makes of them, and a merge can keep them apart less well.
+    """
+    rows = table.float().cpu()
+    drawn = rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator(number))
+    return (drawn * rows.norm(dim=1).mean() / drawn.norm()).to(table)
 
 
 def _id_of(tokenizer: Any, word: str) -> int | None:

@@ -13,7 +13,6 @@ from training.backbone import Backbone
 from training.checkpoint import load_tensors, save_tensors
 from training.weights import ConceptWeights
 
-
 FORMS = (
     "{}",
     "a {}",
@@ -63,14 +62,14 @@ UNSEEN = (
 NOUNS = ("dog", "cat", "house", "car", "tree", "woman", "bottle", "chair", "flower", "boat")
 """Of captions that speak of no concept, in the forms of `UNSEEN`."""
 
-PADDING = 0.1
-"""What an error at a position of padding counts, beside one at a word. Image positions attend to one position of padding
-a fifth as much as to one word (measured on the miniature), but there are many, all alike."""
+OWN_PADDING, OTHER_PADDING = 0.4, 2.0
+"""What the padding behind a prompt of a concept, and behind a regularisation caption, counts beside the words. On the
+miniature image positions attend to it three quarters as much as to all words; but what a training changes there is
+mostly no matter of its concept: the more the merge leaves padding alone, the more of the concepts it keeps."""
 
 KEPT = 0.99
 """Share of a concept's rows, in squares, that its principal rows keep. The rest is what one prompt differs from the
-others in; holding it takes room from other concepts (32 on the miniature keep 0.96 of what they learnt with it, 0.87
-with all)."""
+others in; holding that, too, takes room from other concepts."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +91,23 @@ def constraint_of(
 
     For each prompt, the positions from the concept's first word (its token, or its class word where it has none) to
     end-of-text ("photo of a V* cat": V*, cat, end), as those before it carry nothing of the concept (authors'
-    `diffusers_composenW.py`). Beside them the padding behind, which image positions attend to as well, by `PADDING`;
+    `diffusers_composenW.py`). Beside them the padding behind, which image positions attend to as well (`OWN_PADDING`);
     of all these rows, divided by the number of prompts, the principal ones (`KEPT`).
 
     Args:
-        prompts: `{}` stands for the concept; None: those of `FORMS`, or of `PAPER_PROMPTS`, that fit.
+        prompts: `{}` stands for the concept; by default `FORMS`, or `PAPER_PROMPTS`. Those that are too long with the
+            concept in them are left out, but for the first.
         exact: the rows themselves, without padding, as equation 4 has them.
-    Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else, and for
-        prompts that are too long.
+    Raises: ValueError for weights that are not changes of the text K/V layers, all of them and nothing else, and where
+        the first prompt is too long.
     """
     made = []
-    forms = prompts or (PAPER_PROMPTS if exact else FORMS)
-    for name, words, padding in _rows(backbone, weights, forms, only_fitting=prompts is None):
+    for name, words, padding in _rows(backbone, weights, prompts or (PAPER_PROMPTS if exact else FORMS)):
         if exact:
-            rows = _distinct(words)
+            rows = _distinct(torch.cat(words))
         else:
-            rows = _principal(torch.cat([words, PADDING**0.5 * padding]) / len(forms) ** 0.5)
+            beside = [_weighed(rows, OWN_PADDING * len(own)) for own, rows in zip(words, padding, strict=True)]
+            rows = _principal(torch.cat([*words, *beside]) / len(words) ** 0.5)
         made.append(_demanded(name, rows, weights))
     return made
 
@@ -118,17 +118,19 @@ def unseen_of(backbone: Backbone, weights: ConceptWeights) -> list[tuple[Constra
 
     Raises: as `constraint_of`.
     """
-    return [
-        (_demanded(name, _principal(words), weights), _demanded(name, _principal(padding), weights))
-        for name, words, padding in _rows(backbone, weights, UNSEEN, only_fitting=True)
-    ]
+    made = []
+    for name, *parts in _rows(backbone, weights, UNSEEN):
+        words, padding = (_demanded(name, _principal(torch.cat(part)), weights) for part in parts)
+        made.append((words, padding))
+    return made
 
 
 @torch.no_grad()
 def _rows(
-    backbone: Backbone, weights: ConceptWeights, forms: Sequence[str], *, only_fitting: bool
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Of each concept its name, and over all forms its rows from its first word to end-of-text, and those of padding."""
+    backbone: Backbone, weights: ConceptWeights, forms: Sequence[str]
+) -> Iterator[tuple[str, list[torch.Tensor], list[torch.Tensor]]]:
+    """Of each concept its name, and for each form that fits its rows from its first word to end-of-text, and those of
+    padding."""
     if set(weights.deltas) != set(backbone.layers):
         raise ValueError(
             f"weights made by {weights.metadata.get('method', 'another method')} cannot be merged: only changes of the "
@@ -144,15 +146,20 @@ def _rows(
                 try:
                     backbone.words.check_fits([caption])
                 except ValueError:
-                    if only_fitting and form != forms[0]:
-                        continue
-                    raise
+                    if form == forms[0]:
+                        raise
+                    continue
                 first = len(tokenizer(form.partition("{}")[0]).input_ids) - 1  # without its end-of-text
                 end = backbone.num_tokens(caption) + 1
                 features = backbone.encode_text([caption]).hidden[0].cpu().double()
                 words.append(features[first:end])
                 padding.append(features[end:])
-            yield described["name"], torch.cat(words), torch.cat(padding)
+            yield described["name"], words, padding
+
+
+def _weighed(rows: torch.Tensor, as_many: float) -> torch.Tensor:
+    """Rows of padding, all alike, that count in squares as so many others."""
+    return rows * (as_many / max(1, len(rows))) ** 0.5
 
 
 def _demanded(name: str, rows: torch.Tensor, weights: ConceptWeights) -> Constraint:
@@ -181,8 +188,9 @@ def regularization_rows(
 ) -> torch.Tensor:
     """C_reg: (m, d) float64, features of the captions' words and end-of-text.
 
-    Beside them begin-of-text, the padding, by `PADDING`, and the empty prompt, which guidance multiplies, once for ten
-    captions: every image attends to these, and no caption's words hold them where they are (SPEED, arXiv 2503.07392).
+    Beside them begin-of-text, the padding (`OTHER_PADDING`) and the empty prompt, which guidance multiplies, once for
+    ten captions: every image attends to these, and no caption's words hold them where they are (SPEED, arXiv
+    2503.07392).
     exact: the words and end-of-text alone, as the authors have it.
     """
     rows = []
@@ -192,7 +200,7 @@ def regularization_rows(
         hidden = backbone.encode_text(batch).hidden.cpu().double()
         for i, text in enumerate(batch):
             end = 1 + backbone.num_tokens(text)
-            rows += [hidden[i, 1:end]] if exact else [hidden[i, :end], PADDING**0.5 * hidden[i, end:]]
+            rows += [hidden[i, 1:end]] if exact else [hidden[i, :end], _weighed(hidden[i, end:], OTHER_PADDING * end)]
     return torch.cat(rows)
 
 

@@ -205,7 +205,9 @@ class _Merged:
                     f"{path}: {what} {word!r} is that of the concept {other!r} too; train one of them with another"
                 )
         concepts = [*self.concepts, *weights.metadata["concepts"]]
-        demanded = self.demanded | {concept["name"]: _digest(weights, FORMS) for concept in weights.metadata["concepts"]}
+        demanded = self.demanded | {
+            concept["name"]: _digest(weights, FORMS) for concept in weights.metadata["concepts"]
+        }
         try:
             constraints = constraint_of(backbone, weights, exact=form == "paper")
         except ValueError as error:

@@ -170,9 +170,15 @@ def merge(
     Raises: ValueError when the paper's form is asked for and the rows are not independent, or G is singular.
     """
     if form == "soft":
-        sums = Sums.over(constraints)
-        limits = {"damping": damping, "max_drift": max_drift, "penalty": penalty}
-        return merge_sums(sums, constraints, regularization, base, **limits)
+        return merge_sums(
+            Sums.over(constraints),
+            constraints,
+            regularization,
+            base,
+            damping=damping,
+            max_drift=max_drift,
+            penalty=penalty,
+        )
     model, condition = solve_exactly(constraints, damped_gram(regularization, damping)[0])
     return model, report(model, constraints, regularization, base, form="paper", condition=condition)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.merge.constraints import Constraint, constraint_of, load_constraints, save_constraints
+from pipeline.merge.constraints import Constraint, constraint_of, load_constraints, save_constraints, unseen_of
 from pipeline.stages.resident import resident_base
 from pipeline.stages.stage import Artifact, Context, Stage
 from pipeline.stages.train import Train
@@ -20,14 +20,19 @@ from training.weights import token_tensors, tokens_from
 if TYPE_CHECKING:
     from pipeline.cost.cluster import Forecast, Phase
 
-ROWS = 7
-"""Of a concept with the two default prompts."""
+ROWS = 60
+"""Of a concept, about: those of the merge, and those that it is judged by on unseen prompts (17 and 40 on the
+miniature)."""
 
 
 class ConstraintFiles(Artifact):
     @property
     def file(self) -> Path:
         return self.folder / "constraints.safetensors"
+
+    @property
+    def unseen_file(self) -> Path:
+        return self.folder / "unseen.safetensors"
 
     @property
     def token_file(self) -> Path:
@@ -40,6 +45,12 @@ class ConstraintFiles(Artifact):
     def load(self) -> Iterator[Constraint]:
         yield from load_constraints(self.file)
 
+    def unseen(self) -> Iterator[tuple[Constraint, Constraint]]:
+        """Of each concept what `unseen_of` made."""
+        loaded = load_constraints(self.unseen_file)
+        half = len(loaded) // 2
+        yield from zip(loaded[:half], loaded[half:], strict=True)
+
     def tokens(self) -> dict[str, list[torch.Tensor]]:
         return tokens_from(load_tensors(self.token_file)[0], self.token_file)
 
@@ -50,13 +61,14 @@ class ConstraintFiles(Artifact):
 
 @dataclass(frozen=True, kw_only=True)
 class Constraints(Stage[ConstraintFiles]):
-    kind, version, on_device, at_once, artifact = "constraints", 1, True, 4, ConstraintFiles
+    kind, version, on_device, at_once, artifact = "constraints", 2, True, 4, ConstraintFiles
 
     @dataclass(frozen=True)
     class Places:
         base: str
 
     prompts: tuple[str, ...]
+    exact: bool
     places: Places
 
     def run(self, context: Context) -> None:
@@ -64,7 +76,9 @@ class Constraints(Stage[ConstraintFiles]):
         (training,) = self.inputs_of(Train)
         trained, made = training.result(context.store), ConstraintFiles(context.out)
         weights = trained.weights()
-        save_constraints(made.file, constraint_of(backbone, weights, self.prompts))
+        save_constraints(made.file, constraint_of(backbone, weights, self.prompts, exact=self.exact))
+        words, padding = zip(*unseen_of(backbone, weights), strict=True)
+        save_constraints(made.unseen_file, [*words, *padding])
         save_tensors(made.token_file, token_tensors(weights.tokens))
         size = trained.file.stat().st_size
         described = {"concepts": weights.metadata["concepts"], "nbytes": weights.nbytes, "file": size}

@@ -9,17 +9,17 @@ import math
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.cost.estimate import PROCESS, Device, Estimate
 from pipeline.cost.model_size import ModelSize
 from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
-from pipeline.merge.constraints import regularization_rows
+from pipeline.merge.constraints import held_out_rows, regularization_rows
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_weights
-from pipeline.merge.solve import MergeReport, damped_gram, merge, merge_sums, report
+from pipeline.merge.solve import Form, MergeReport, damped_gram, merge, merge_sums, missed, moved, report
 from pipeline.stages.constraints import Constraints, constraint_bytes, constraint_rows, read_all
 from pipeline.stages.regularization import Regularization
 from pipeline.stages.resident import resident_base
@@ -65,7 +65,7 @@ class MergedFiles(Artifact):
 class MergeSettings:
     """See `pipeline.spec.Merge`."""
 
-    form: Literal["auto", "hard", "soft"]
+    form: Form
     max_drift: float
     penalty: float | None
     captions: int
@@ -83,7 +83,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Stage[MergedFiles]):
-    kind, version, on_device, artifact = "merge", 4, True, MergedFiles
+    kind, version, on_device, artifact = "merge", 5, True, MergedFiles
 
     @dataclass(frozen=True)
     class Places:
@@ -118,7 +118,7 @@ class Merge(Stage[MergedFiles]):
         for source in sources:
             tokens |= source.tokens()
         captions = self._captions(context, settings.captions, concepts)
-        rows = regularization_rows(backbone, captions)
+        rows = regularization_rows(backbone, captions, exact=settings.form == "paper")
         base = {name: layer.weight.data for name, layer in backbone.layers.items()}
         gram, _ = damped_gram(rows, settings.damping)
         full, solved = self._solved(context, settings, rows, base, gram)
@@ -131,7 +131,6 @@ class Merge(Stage[MergedFiles]):
         small.save(made.file)
         return {
             "form": solved.form,
-            "why": solved.why,
             "rows": solved.rows,
             "regularization_captions": len(captions),
             "condition": solved.condition if math.isfinite(solved.condition) else None,
@@ -139,6 +138,12 @@ class Merge(Stage[MergedFiles]):
             "drift": solved.drift,
             "residuals": solved.residuals,
             "compressed": {"error": error, "drift": final.drift, "residuals": final.residuals},
+            "unseen": {
+                words.name: {"words": missed(small, words), "padding": missed(small, padding)}
+                for source in sources
+                for words, padding in source.unseen()
+            },
+            "moved": {where: moved(small, rows, base) for where, rows in held_out_rows(backbone).items()},
             "bytes": {
                 "concepts": sum(entry["nbytes"] for entry in described),
                 "concept_files": sum(entry["file"] for entry in described),
@@ -194,13 +199,14 @@ class Merge(Stage[MergedFiles]):
         kept.save(made.file)
         return {
             "form": "kept",
-            "why": "",
             "rows": 0,
             "regularization_captions": 0,
             "condition": None,
             "drift": None,
             "residuals": {},
             "compressed": {"error": 0.0, "drift": None, "residuals": {}},
+            "unseen": {},
+            "moved": {},
             "bytes": {
                 "concepts": sum(weights.nbytes for weights in trained),
                 "concept_files": sum(file.file.stat().st_size for file in files),

@@ -48,7 +48,7 @@ class AddUp(Stage[SumsFile]):
 
 
 def sum_count(forecast: Forecast) -> int:
-    soft = forecast.batch.merge.form == "soft" or constraint_rows(forecast) > forecast.model.text_width
+    soft = forecast.batch.merge.form == "soft"
     return math.ceil(forecast.concepts / SUMMED) if forecast.merges and soft else 0
 
 

@@ -62,7 +62,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Stage[Trained]):
-    kind, version, on_device, artifact = "train", 3, True, Trained
+    kind, version, on_device, artifact = "train", 4, True, Trained
 
     @dataclass(frozen=True)
     class Places:

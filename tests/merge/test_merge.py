@@ -16,17 +16,20 @@ import torch
 
 from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
+    PAPER_PROMPTS,
     Constraint,
     constraint_of,
+    held_out_rows,
     load_constraints,
     regularization_rows,
     row_count,
     save_constraints,
+    unseen_of,
 )
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_change, load_concepts, load_weights, merge_files
-from pipeline.merge.solve import Sums, damped_gram, merge, merge_sums, report, solve_soft
-from pipeline.spec import MINIATURE, Merge
+from pipeline.merge.solve import Sums, damped_gram, merge, merge_sums, missed, moved, report, solve_soft
+from pipeline.spec import MINIATURE
 from training.checkpoint import load_tensors, save_tensors
 from training.weights import ConceptWeights
 
@@ -60,9 +63,9 @@ def naive(regularization, w0, rows, wanted):
     return w0 + delta @ d
 
 
-def test_hard_merge_is_the_authors_formula(problem):
+def test_the_papers_form_is_the_authors_formula(problem):
     regularization, base, trained, rows, constraints = problem
-    model, result = merge(constraints, regularization, base, form="hard", damping=0.0)
+    model, result = merge(constraints, regularization, base, form="paper", damping=0.0)
     for layer, w0 in base.items():
         wanted = torch.cat([rows[i] @ w[layer].T for i, w in enumerate(trained)])
         expected = naive(regularization.numpy(), w0.numpy(), torch.cat(rows).numpy(), wanted.numpy())
@@ -74,10 +77,10 @@ def test_hard_merge_is_the_authors_formula(problem):
     assert max(result.residuals.values()) < 1e-9 and result.rows == 12
 
 
-def test_hard_merge_is_the_constrained_minimum(problem):
+def test_the_papers_form_is_the_constrained_minimum(problem):
     """Any other W that meets the constraints moves the regularisation captions more."""
     regularization, base, _, rows, constraints = problem
-    model, _ = merge(constraints, regularization, base, form="hard", damping=0.0)
+    model, _ = merge(constraints, regularization, base, form="paper", damping=0.0)
     left, right = model.factors("a.to_k")
     change = left @ right
     kernel = torch.eye(D, dtype=torch.float64) - torch.linalg.pinv(torch.cat(rows)) @ torch.cat(rows)
@@ -87,7 +90,7 @@ def test_hard_merge_is_the_constrained_minimum(problem):
         assert (other @ regularization.T).norm() > best
 
 
-def test_soft_merge_solves_its_normal_equations_and_meets_the_hard_one(problem):
+def test_the_soft_form_solves_its_normal_equations_and_meets_the_papers(problem):
     regularization, base, trained, rows, constraints = problem
     C, gram = torch.cat(rows), regularization.T @ regularization
     mu = 3.0 * gram.diagonal().mean()
@@ -97,7 +100,7 @@ def test_soft_merge_solves_its_normal_equations_and_meets_the_hard_one(problem):
         expected = (w0 @ gram + mu * V @ C) @ torch.linalg.inv(gram + mu * C.T @ C)
         left, right = model.factors(layer)
         assert (w0 + left @ right - expected).abs().max() < 1e-6 * expected.abs().max()
-    hard, _ = merge(constraints, regularization, base, form="hard", damping=0.0)
+    hard, _ = merge(constraints, regularization, base, form="paper", damping=0.0)
     residuals = []
     for penalty in (1.0, 1e2, 1e4, 1e8):
         soft, result = merge(constraints, regularization, base, form="soft", damping=0.0, penalty=penalty)
@@ -108,7 +111,7 @@ def test_soft_merge_solves_its_normal_equations_and_meets_the_hard_one(problem):
 
 def test_factors_share_the_right_side_and_have_rank_s(problem):
     regularization, base, _, _, constraints = problem
-    model, _ = merge(constraints, regularization, base, form="hard")
+    model, _ = merge(constraints, regularization, base, form="paper")
     assert set(model.right) == {SHARED} and model.right[SHARED].shape == (12, D)
     assert all(torch.linalg.matrix_rank(delta.double(), rtol=1e-5) <= 12 for delta in model.deltas.values())
 
@@ -117,28 +120,22 @@ def test_too_many_rows_and_agreeing_concepts_are_refused(problem):
     regularization, base, _, _, constraints = problem
     many = [Constraint(f"n{i}", c.rows + i, c.changes) for i in range(3) for c in constraints]
     with pytest.raises(ValueError, match=r"36 constraint rows of 9 concepts.*24 wide.*soft"):
-        merge(many, regularization, base, form="hard")
-    assert merge(many, regularization, base)[1].form == "soft"
+        merge(many, regularization, base, form="paper")
     twins = [constraints[0], Constraint("twin", constraints[0].rows, constraints[0].changes)]
     with pytest.raises(ValueError, match=r"c0, twin are not independent.*soft"):
-        merge(twins, regularization, base, form="hard")
-    assert merge(twins, regularization, base)[1].form == "soft"
-    assert merge(constraints, regularization, base, max_drift=0.5)[1].form == "hard"
+        merge(twins, regularization, base, form="paper")
+    for both in (many, twins):
+        assert merge(both, regularization, base)[1].drift <= 0.1 + 1e-9
 
 
-def test_nearly_agreeing_concepts_are_met_as_a_penalty(problem):
-    """They could be met exactly, but not without moving everything else."""
+def test_nearly_agreeing_concepts_are_met_at_the_cost_of_everything_else_or_less_closely(problem):
     regularization, base, _, _, constraints = problem
     first, second, _ = constraints
-    rows = first.rows + 1e-5 * second.rows
-    near = [first, Constraint("near", rows, second.changes)]
-    hard = merge(near, regularization, base, form="hard")[1]
-    assert max(hard.residuals.values()) < 1e-3 and hard.drift > 10 and hard.why == "asked for"
-    chosen = merge(near, regularization, base)[1]
-    assert chosen.form == "soft" and chosen.drift <= 0.1
-    assert f"by {hard.drift:.2g} of their size, more than the 0.1 that are allowed" in chosen.why
-    apart = merge([first, second], regularization, base, max_drift=0.5)[1]
-    assert apart.form == "hard" and f"by {apart.drift:.2g} of their size" in apart.why
+    near = [first, Constraint("near", first.rows + 1e-5 * second.rows, second.changes)]
+    exactly = merge(near, regularization, base, form="paper")[1]
+    assert max(exactly.residuals.values()) < 1e-3 and exactly.drift > 10
+    softly = merge(near, regularization, base)[1]
+    assert max(softly.residuals.values()) > 0.3 and softly.drift <= 0.1 + 1e-9
 
 
 @pytest.mark.parametrize("count", [3, 12], ids=["fewer rows than the text is wide", "more"])
@@ -172,7 +169,7 @@ def test_a_singular_gram_matrix_asks_for_damping(problem, rows):
     """Fewer rows than the text features are wide."""
     regularization, base, _, _, constraints = problem
     few = regularization[:rows]
-    for form in ("auto", "hard"):
+    for form in ("soft", "paper"):
         with pytest.raises(ValueError, match=r"raise merge\.damping"):
             merge(constraints, few, base, form=form, damping=0.0)
     with pytest.raises(ValueError, match=r"raise merge\.damping"):
@@ -180,7 +177,7 @@ def test_a_singular_gram_matrix_asks_for_damping(problem, rows):
     gram = few.T @ few
     with pytest.raises(ValueError, match=r"raise merge\.damping"):
         weighted_factors({"a.to_k": torch.ones(16, D)}, gram)
-    assert merge(constraints, few, base, form="hard")[1].form == "hard"
+    assert merge(constraints, few, base, form="paper")[1].form == "paper"
 
 
 def test_adding_replacing_and_removing_a_concept_is_merging_afresh(problem, tmp_path):
@@ -211,7 +208,7 @@ def test_adding_replacing_and_removing_a_concept_is_merging_afresh(problem, tmp_
 def test_lossless_shared_rank_and_smaller_ones(problem):
     regularization, base, _, _, constraints = problem
     gram = regularization.T @ regularization
-    model, _ = merge(constraints, regularization, base, form="hard")
+    model, _ = merge(constraints, regularization, base, form="paper")
     same, error = shared_factors(model, gram, 12)
     assert error < 1e-7
     for layer in OUTS:
@@ -276,7 +273,7 @@ def test_the_authors_truncation(problem):
 
 def test_half_precision_and_files(problem, tmp_path):
     regularization, base, _, _, constraints = problem
-    model, _ = merge(constraints, regularization, base, form="hard")
+    model, _ = merge(constraints, regularization, base, form="paper")
     tokens = {"<new1>": [torch.ones(4)], "<a.b>": [torch.zeros(4), torch.ones(2)]}
     half = rounded(MergedModel(model.left, model.right, tokens, {"base": "x"}))
     half.save(tmp_path / "m.safetensors")
@@ -289,22 +286,101 @@ def test_half_precision_and_files(problem, tmp_path):
         ConceptWeights.load(tmp_path / "m.safetensors")
 
 
-def test_constraint_rows_are_the_concepts_positions(backbone):
-    """ "<new1> cat": token, cat, end; "photo of a <new1> cat" adds the same three further on."""
+def _unseen_weights(backbone) -> ConceptWeights:
     row = backbone.text_encoders[0].get_input_embeddings().weight[7].clone()
     deltas = {name: torch.full_like(layer.weight, 0.01) for name, layer in backbone.layers.items()}
     described = [{"name": "c", "token": "<new1>", "class_word": "cat"}]
-    weights = ConceptWeights(deltas, {"<new1>": [row]}, {"concepts": described})
-    (constraint,) = constraint_of(backbone, weights, ("{}", "photo of a {}"))
+    return ConceptWeights(deltas, {"<new1>": [row]}, {"concepts": described})
+
+
+def test_exact_constraint_rows_are_the_concepts_positions(backbone):
+    """ "<new1> cat": token, cat, end; "photo of a <new1> cat" adds the same three further on."""
+    weights = _unseen_weights(backbone)
+    (constraint,) = constraint_of(backbone, weights, exact=True)
     assert constraint.rows.shape == (6, 192)
     with backbone.changed({}, weights.tokens), torch.no_grad():
         hidden = backbone.encode_text(["<new1> cat", "photo of a <new1> cat"]).hidden
     torch.testing.assert_close(constraint.rows, torch.cat([hidden[0, 1:4], hidden[1, 4:7]]).double())
-    assert row_count(backbone.tokenizers[0], ("{}", "photo of a {}"), "cat") == 6
+    assert row_count(backbone.tokenizers[0], PAPER_PROMPTS, "cat") == 6
     assert row_count(backbone.tokenizers[0], ("a {} in the snow",), "soccer ball") == 1 + 2 + 3 + 1
-    name, delta = next(iter(deltas.items()))
+    name, delta = next(iter(weights.deltas.items()))
     torch.testing.assert_close(constraint.changes[name], constraint.rows @ delta.double().T)
-    assert regularization_rows(backbone, ["a cat", "photo of a dog"]).shape == (3 + 5, 192)
+    assert regularization_rows(backbone, ["a cat", "photo of a dog"], exact=True).shape == (3 + 5, 192)
+
+
+def test_soft_constraint_rows_are_the_principal_ones_of_all_prompts_and_their_padding(backbone):
+    weights = _unseen_weights(backbone)
+    prompts = ("{}", "a {} in the snow", "photo of a {}")
+    (constraint,) = constraint_of(backbone, weights, prompts)
+    parts = []
+    with backbone.changed({}, weights.tokens), torch.no_grad():
+        for prompt, first, end in (
+            ("<new1> cat", 1, 4),
+            ("a <new1> cat in the snow", 2, 8),
+            ("photo of a <new1> cat", 4, 7),
+        ):
+            hidden = backbone.encode_text([prompt]).hidden[0].double()
+            share = (0.4 * (end - first) / len(hidden[end:])) ** 0.5  # all of the padding counts 0.4 of the words
+            parts += [hidden[first:end], share * hidden[end:]]
+    gram = torch.cat(parts).T @ torch.cat(parts) / len(prompts)
+    kept = constraint.rows.T @ constraint.rows
+    assert len(constraint.rows) < 20 and 0.99 <= kept.trace() / gram.trace() <= 1
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    assert values[: len(constraint.rows) - 1].sum() < 0.99 * values.sum()  # one fewer would be too few
+    torch.testing.assert_close(constraint.rows.square().sum(1), values[: len(constraint.rows)], rtol=1e-5, atol=0)
+
+
+def test_prompts_that_are_too_long_are_left_out_but_for_the_first(backbone):
+    weights = _unseen_weights(backbone)
+    long = "a {} " + "in the snow " * 20
+    (constraint,) = constraint_of(backbone, weights, ("{}", long))
+    torch.testing.assert_close(constraint.rows, constraint_of(backbone, weights, ("{}",))[0].rows)
+    with pytest.raises(ValueError, match="tokens"):
+        constraint_of(backbone, weights, (long, "{}"))
+    assert len(unseen_of(backbone, weights)) == 1
+
+
+def test_regularization_rows_hold_what_every_image_attends_to(backbone):
+    """Begin-of-text, padding that counts twice the words, and one empty prompt for ten captions."""
+    rows = regularization_rows(backbone, ["a cat", "photo of a dog"])
+    with torch.no_grad():
+        hidden = backbone.encode_text(["a cat", "photo of a dog", ""]).hidden.double()
+    parts = []
+    for own, end in zip(hidden, (4, 6, 2), strict=True):
+        parts += [own[:end], own[end:] * (2 * end / len(own[end:])) ** 0.5]
+    torch.testing.assert_close(rows, torch.cat(parts))
+
+
+def test_the_soft_merge_moves_the_empty_prompt_less_than_the_papers(backbone):
+    """And is nearer to its concepts on prompts that neither was held to."""
+    captions = [
+        f"{form} {word}" for word in ("cat", "dog", "house", "tree", "car", "bus") for form in ("a", "photo of a")
+    ]
+    weights = [_weights(backbone, name, seed) for seed, name in enumerate(("one", "two", "three"))]
+    base = {name: layer.weight.data for name, layer in backbone.layers.items()}
+    empty = held_out_rows(backbone)["empty"]
+    found = {}
+    for form in ("paper", "soft"):
+        exact = form == "paper"
+        constraints = [c for each in weights for c in constraint_of(backbone, each, exact=exact)]
+        rows = regularization_rows(backbone, captions, exact=exact)
+        model, _ = merge(constraints, rows, base, form=form, max_drift=0.3)
+        errors = [missed(model, part) for each in weights for parts in unseen_of(backbone, each) for part in parts]
+        found[form] = moved(model, empty, base), max(errors)
+    assert found["soft"] < found["paper"] and found["soft"][1] < found["paper"][1], found
+
+
+def test_what_is_missed_and_moved_is_a_share(problem):
+    regularization, base, trained, _, constraints = problem
+    deltas = {layer: trained[0][layer] - base[layer] for layer in OUTS}
+    own = MergedModel(deltas, {layer: torch.eye(D).double() for layer in OUTS}, {})
+    none = MergedModel({k: 0 * v for k, v in deltas.items()}, own.right, {})
+    twice = MergedModel({k: 2 * v for k, v in deltas.items()}, own.right, {})
+    assert [round(missed(model, constraints[0]), 12) for model in (own, none, twice)] == [0, 1, 1]
+    assert moved(none, regularization, base) == 0
+    assert moved(twice, regularization, base) == pytest.approx(2 * moved(own, regularization, base))
+    as_large = MergedModel({k: base[k] for k in OUTS}, own.right, {})
+    assert moved(as_large, regularization, base) == pytest.approx(1)
 
 
 def _weights(backbone, name: str, seed: int, *, token: bool = True) -> ConceptWeights:
@@ -327,7 +403,7 @@ def test_rounded_factors_meet_constraints_of_text_features(backbone):
         deltas = {k: size * (v - (v.double() @ common).outer(common)).float() for k, v in weights.deltas.items()}
         constraints += constraint_of(backbone, dataclasses.replace(weights, deltas=deltas), ("{}", "photo of a {}"))
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    for form in ("hard", "soft"):
+    for form in ("paper", "soft"):
         model, _ = merge(constraints, regularization, base, form=form)
         small = rounded(model)
         assert max(report(small, constraints, regularization, base).residuals.values()) < 5e-3
@@ -338,7 +414,7 @@ def test_rounded_factors_meet_constraints_of_text_features(backbone):
 
 def test_a_model_that_is_no_number_meets_nothing(problem):
     regularization, base, _, _, constraints = problem
-    model, _ = merge(constraints, regularization, base, form="hard")
+    model, _ = merge(constraints, regularization, base, form="paper")
     left = model.left | {(layer := model.layers[1]): model.left[layer] * float("nan")}
     residuals = report(MergedModel(left, model.right, {}), constraints, regularization, base).residuals
     assert all(math.isnan(value) for value in residuals.values())
@@ -374,10 +450,10 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     # what is told is told of the file
     files, out = [tmp_path / "away", b], tmp_path / "m.safetensors"
     shutil.copy(c, files[0])
-    told = merge_files(files, captions, MINIATURE / "model", form="hard", out=out)[1]
-    constraints = [x for file in files for x in constraint_of(backbone, ConceptWeights.load(file), Merge().prompts)]
+    told = merge_files(files, captions, MINIATURE / "model", form="paper", out=out)[1]
+    constraints = [x for file in files for x in constraint_of(backbone, ConceptWeights.load(file), exact=True)]
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    rows = regularization_rows(backbone, captions.read_text().splitlines())
+    rows = regularization_rows(backbone, captions.read_text().splitlines(), exact=True)
     found = report(MergedModel.load(out), constraints, rows, base)
     assert (told.residuals, told.drift) == (found.residuals, found.drift) and min(found.residuals.values()) > 1e-5
 
