@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from json import decoder
@@ -20,6 +18,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.places import masked
+from retrieval.regular import open_regular
 
 MOST_BYTES = 8 << 20
 """Of a file of settings; a list of lines may have ten times as many."""
@@ -88,10 +87,7 @@ def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
     Raises: ValueError when there is no such file, it is no regular one (a pipe would block), too large or no text.
     """
     try:
-        # O_NONBLOCK: a pipe is seen to be one without waiting for who writes to it
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-                raise ValueError(f"{path}: not a regular file; give the path of a {what}")
+        with open_regular(path) as f:
             data = f.read(most + 1)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the path of a {what}") from None
@@ -99,6 +95,8 @@ def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
         raise ValueError(f"{path}: a folder; give the path of a {what}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; give the path of a {what}") from None
     if len(data) > most:
         raise ValueError(f"{path}: larger than {most >> 20} MiB, too much for a {what}")
     return decoded(data, str(path))

@@ -495,7 +495,7 @@ def test_no_file_of_weights(tmp_path):
         with pytest.raises(ValueError, match=rf"{name}.safetensors: .*{message}"):
             load_weights(tmp_path / f"{name}.safetensors")
     for name in ("pipe", "folder"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors: not a file"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors: not a regular file"):
             load_weights(tmp_path / f"{name}.safetensors")
 
 
