@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from json import decoder
@@ -30,6 +31,10 @@ LONGEST_NUMBER = 100
 """Digits; what is longer is text."""
 LONGEST_NAME = 100
 """Letters of a name: names are parts of the names of files, which have room for 255 bytes."""
+MOST_IN_TEXT = 10_000
+"""Letters of a setting."""
+SPACES = "\t\r\n\u200c\u200d"
+"""With what joins or parts letters in some scripts, and in emoji."""
 MOST_LETTERS = 80
 """Of a value in a message."""
 
@@ -76,6 +81,17 @@ def shown(value: Any, most: int = MOST_LETTERS) -> str:
         return {None: "nothing", True: "true", False: "false"}[value]
     text = masked(repr(value))
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def check_visible(text: str) -> str:
+    """The text, if it can be shown as it is. Raises: ValueError for codes that a terminal obeys, characters that change
+    the order of others or that nothing shows, and more letters than any setting needs."""
+    if len(text) > MOST_IN_TEXT:
+        raise ValueError(f"expected at most {MOST_IN_TEXT} letters, found {len(text)}")
+    for character in text:
+        if not (character.isprintable() or character in SPACES or unicodedata.category(character) == "Zs"):
+            raise ValueError(f"has a character that cannot be seen, U+{ord(character):04X}, in {shown(text)}")
+    return text
 
 
 # --- text and lines ------------------------------------------------------------------------------------

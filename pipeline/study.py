@@ -57,9 +57,9 @@ class Variant(Section):
     name: str = Field(min_length=1)
     changes: dict[str, Any] = Field(default_factory=dict)
     """Of the batch: `{training: {method: dreambooth}}`."""
-    together: int | None = Field(None, gt=0)
+    together: int | None = Field(None, gt=0, le=1_000_000)
     """How many of the table's concepts, in their order, make a batch; all when empty."""
-    beside: int = Field(0, ge=0)
+    beside: int = Field(0, ge=0, le=1_000_000)
     """Further concepts of the study in each batch, which are not measured."""
     line: str = ""
     """Variants of one line are joined in the plot; see `against`."""
@@ -118,6 +118,13 @@ class Study(Section):
     batch: dict[str, Any]
     """What all variants share, as in a batch file."""
     tables: tuple[Table, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tables_have_files_of_their_own(self) -> Study:
+        names = [table.name for table in self.tables]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tables need names of their own, for their files; found {twice[0]!r} again")
+        return self
 
 
 @dataclass(frozen=True)
