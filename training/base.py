@@ -129,8 +129,9 @@ def _checked(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Base:
 def _class_of(index: Mapping[str, Any], part: str) -> str:
     """What a pipeline has as a part; empty for nothing."""
     described = index.get(part)
-    is_pair = isinstance(described, list) and len(described) == 2
-    return described[1] if is_pair and isinstance(described[1], str) else ""
+    if not isinstance(described, list) or len(described) != 2 or not isinstance(described[1], str):
+        return ""
+    return described[1]
 
 
 def _is_model(part: str) -> bool:
