@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from pipeline.stages import regularization_set
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
 from training.backbone import Backbone
+from training.images import list_images
 from training.methods import METHODS
 from training.weights import ConceptWeights
 
@@ -121,7 +123,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _tables_have_files_of_their_own(self) -> Study:
-        names = [table.name for table in self.tables]
+        names = [name for table in self.tables for name in (table.name, f"{table.name}-samples")]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tables need names of their own, for their files; found {twice[0]!r} again")
         return self
@@ -150,6 +152,15 @@ def store_of(study: Study, path: Path) -> Store:
     """path: of the study's file."""
     place = located(study.store, path.parent) or "runs/{name}/store"
     return Store(place.replace("{name}", study.name))
+
+
+def check_output(study: Study, made: Sequence[Case]) -> None:
+    """Raises: ValueError when tables and figures would go where images of concepts are read."""
+    folder = Path(study.output).expanduser()
+    for stage in (stage for case in made for stage in case.plan.of("features")):
+        for image in list_images(stage.places["images"]):
+            if os.path.realpath(image.parent) == os.path.realpath(folder):
+                raise ValueError(f"output: {folder} is the folder of {image}, which is read; give another folder")
 
 
 def cases(study: Study, path: Path) -> Iterator[Case]:
