@@ -19,11 +19,13 @@ table has what is not right; the last line is one JSON object:
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,13 +33,18 @@ from tempfile import mkdtemp
 
 NOBODY = ["--reuid=65534", "--regid=65534", "--clear-groups"]
 MAY_READ = [f"--{which}=-all,+dac_read_search" for which in ("inh-caps", "ambient-caps", "bounding-set")]
+if "HOSTILE" not in os.environ:  # the folder of all that is made
+    os.environ |= dict.fromkeys(("HOSTILE", "HOME", "TMPDIR"), mkdtemp(prefix="hostile-"))
 if os.geteuid() == 0:
     # destinations are hostile too: as root, `--out /dev/null` would put a file in the device's place
-    os.environ["HOME"] = mkdtemp(prefix="hostile-home-")
-    os.chown(os.environ["HOME"], 65534, 65534)
+    os.chown(os.environ["HOSTILE"], 65534, 65534)
     os.execvp("setpriv", ["setpriv", *NOBODY, *MAY_READ, sys.executable, *sys.argv])
 if os.access("/dev", os.W_OK):
     sys.exit("this user may write to /dev; run the campaign as one who may not")
+
+atexit.register(shutil.rmtree, os.environ["HOSTILE"], ignore_errors=True)
+for which in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(which, lambda which, _: sys.exit(128 + which))
 
 for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
@@ -46,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, whose 
 
 import torch  # noqa: E402
 from hostile.case import Case, judge  # noqa: E402
-from hostile.common import preload, shared  # noqa: E402
+from hostile.common import preload  # noqa: E402
 
 KINDS = (
     "batch_files",
@@ -94,9 +101,6 @@ def main() -> None:
         print(f"{kind:14} {len(cases)} tried, {dict(own)}, {time.monotonic() - began:.0f} s", flush=True)
     if not asked.list:
         figures = {how: counts[how] for how in ("right", "refused", "refused_wrongly", "tracebacks", "harm")}
-        for folder in (shared(), Path(os.environ["HOME"])):
-            if folder.name.startswith("hostile-"):
-                shutil.rmtree(folder, ignore_errors=True)
         print(json.dumps({"tried": counts.total(), **figures, "seconds": round(time.monotonic() - start)}))
 
 

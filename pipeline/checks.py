@@ -117,6 +117,8 @@ def _prompts(batch: ConceptBatch, concept: Concept) -> dict[str, list[str]]:
         prompts["merge.prompts"] = [prompt.format(phrase) for prompt in batch.merge.prompts]
     if training.regularization == "generated":
         prompts["class_prompt"] = [generated_prompt(batch, concept)]
+    elif concept.class_prompt:
+        prompts["class_prompt"] = [concept.class_prompt]
     return prompts
 
 
@@ -147,6 +149,8 @@ def read_block_list(path: str) -> list[str]:
         match = SUM.match(line)
         if match:
             found.add(match[1].lower())
+            if re.match(r"\W*[,;]\W*[0-9a-fA-F]{64}(?![\w.])", line[match.end() :]):
+                raise ValueError(f"{path}:{number}: two sums in one line; write each in a line of its own")
         elif not line.startswith("#"):
             raise ValueError(
                 f"{path}:{number}: expected a sha256 sum of 64 hexadecimal digits, as `sha256sum` prints it; found "

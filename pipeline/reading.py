@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import re
-import stat
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from json import decoder
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.places import masked
+from retrieval.regular import open_regular
 
 MOST_BYTES = 8 << 20
 """Of a file of settings; a list of lines may have ten times as many."""
@@ -31,6 +31,10 @@ LONGEST_NUMBER = 100
 """Digits; what is longer is text."""
 LONGEST_NAME = 100
 """Letters of a name: names are parts of the names of files, which have room for 255 bytes."""
+MOST_IN_TEXT = 10_000
+"""Letters of a setting."""
+SPACES = "\t\r\n\u200c\u200d"
+"""With what joins or parts letters in some scripts, and in emoji."""
 MOST_LETTERS = 80
 """Of a value in a message."""
 
@@ -79,6 +83,17 @@ def shown(value: Any, most: int = MOST_LETTERS) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def check_visible(text: str) -> str:
+    """The text, if it can be shown as it is. Raises: ValueError for codes that a terminal obeys, characters that change
+    the order of others or that nothing shows, and more letters than any setting needs."""
+    if len(text) > MOST_IN_TEXT:
+        raise ValueError(f"expected at most {MOST_IN_TEXT} letters, found {len(text)}")
+    for character in text:
+        if not (character.isprintable() or character in SPACES or unicodedata.category(character) == "Zs"):
+            raise ValueError(f"has a character that cannot be seen, U+{ord(character):04X}, in {shown(text)}")
+    return text
+
+
 # --- text and lines ------------------------------------------------------------------------------------
 
 
@@ -88,10 +103,7 @@ def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
     Raises: ValueError when there is no such file, it is no regular one (a pipe would block), too large or no text.
     """
     try:
-        # O_NONBLOCK: a pipe is seen to be one without waiting for who writes to it
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-                raise ValueError(f"{path}: not a regular file; give the path of a {what}")
+        with open_regular(path) as f:
             data = f.read(most + 1)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the path of a {what}") from None
@@ -99,6 +111,8 @@ def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
         raise ValueError(f"{path}: a folder; give the path of a {what}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; give the path of a {what}") from None
     if len(data) > most:
         raise ValueError(f"{path}: larger than {most >> 20} MiB, too much for a {what}")
     return decoded(data, str(path))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,7 +32,7 @@ from pipeline.concept_lists import concepts_of
 from pipeline.evaluation.prompts import check_prompt, read_prompts
 from pipeline.mistakes import explain, kinds_of
 from pipeline.places import check_place, is_path, located, masked
-from pipeline.reading import LONGEST_NAME, Written, read_written, shown
+from pipeline.reading import LONGEST_NAME, Written, check_visible, read_written, shown
 from pipeline.release.place import plain_destination
 from training.methods import CUSTOM_DIFFUSION, METHODS
 from training.methods.method import RARE_WORDS
@@ -38,17 +40,31 @@ from training.tokens import spelling
 
 MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
-
-Positive = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10_000_000)]
+Images = Annotated[int, Field(gt=0, le=1_000_000)]
+Rate = Annotated[float, Field(gt=0, le=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """As much as a column of a table holds."""
 Place = Annotated[str, AfterValidator(check_place)]
 """A folder, file, pattern or URL; see `Settings.at`."""
-Destination = Annotated[str, AfterValidator(lambda place: plain_destination(place) if place else "")]
+
+
+def _destination(place: str) -> str:
+    if place.startswith("hf://"):
+        raise ValueError(
+            "the hub gets copies of releases, by `publish.hub: owner/name`; here stands the folder or bucket that they "
+            f"are kept in; found {shown(place)}"
+        )
+    return plain_destination(place) if place else ""
+
+
+Destination = Annotated[str, AfterValidator(_destination)]
 """A folder or URL that is written to, or nothing."""
 
 
 def _one_line(value: str) -> str:
+    if value and not value.strip():
+        raise ValueError("blank; give a word, or leave it out")
     return " ".join(value.split())
 
 
@@ -99,13 +115,21 @@ class Section(BaseModel):
                 raise PydanticCustomError("boolean", "expected true or false")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _texts_can_be_seen(cls, value: Any) -> Any:
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, str):
+                check_visible(each)
+        return value
+
 
 class ConceptTraining(Section):
     """What one concept trains with instead of the batch's settings, when trained separately."""
 
-    steps: Positive | None = None
-    learning_rate: float | None = Field(None, gt=0)
-    token_learning_rate: float | None = Field(None, gt=0)
+    steps: Steps | None = None
+    learning_rate: Rate | None = None
+    token_learning_rate: Rate | None = None
     seed: Seed | None = None
 
 
@@ -135,7 +159,7 @@ class Concept(Section):
     @field_validator("class_word")
     @classmethod
     def _class_word_is_not_blank(cls, value: str) -> str:
-        if not any(c.isprintable() for c in value):
+        if not value:
             raise ValueError("blank; name what it is in the base model's words, like 'cat'")
         return value
 
@@ -164,18 +188,18 @@ class Retrieval(Section):
     """What relative urls of the corpus are joined to."""
     clip: str = "miniature"
     """open_clip model: `ViT-B-32/laion2b_s34b_b79k`, a folder, or `miniature`."""
-    images: Positive = 200
+    images: Images = 200
     """Regularisation images per concept, retrieved or generated (the paper: 200)."""
-    oversample: float = Field(5.0, ge=1)
+    oversample: float = Field(5.0, ge=1, le=1000)
     """Candidates asked for, as a multiple of `images`: old links die."""
-    max_nsfw: float | None = None
+    max_nsfw: float | None = Field(None, ge=0, le=1)
     """Leave out rows whose NSFW score is above this, and rows without one; the corpus has to have the column."""
     block_list: str = ""
     """File with sha256 sums of images never to use, one a line as `sha256sum` and others print them."""
     distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
     """img2dataset's. Each concept's images are one task of the cluster; with `ray` that task is spread over all nodes
     too (few concepts, many nodes), and the store has to be a folder that all nodes share."""
-    miniature_captions: Positive = 20_000
+    miniature_captions: int = Field(20_000, gt=0, le=10_000_000)
     """Rows of the miniature corpus."""
 
     @field_validator("base_url")
@@ -209,19 +233,19 @@ class Training(Section):
     """With `dreambooth`: the text encoder trains too."""
     composition: Literal["merged", "joint"] = "merged"
     """Several concepts: one set of weights each, folded by the merge; or all trained together into one set."""
-    steps: Positive | None = None
+    steps: Steps | None = None
     """Optimizer steps; the method's per concept trained together when empty (the paper: 250, and 500 for two)."""
-    batch_size: Positive = 4
+    batch_size: int = Field(4, gt=0, le=10_000)
     """Concept images a step; as many regularisation images stand beside them (the paper's batch of 8)."""
-    learning_rate: float = Field(CUSTOM_DIFFUSION.learning_rate, gt=0)
+    learning_rate: Rate = CUSTOM_DIFFUSION.learning_rate
     """Of all that trains (the paper: 1e-5 a sample, times 8)."""
-    token_learning_rate: float | None = Field(None, gt=0)
+    token_learning_rate: Rate | None = None
     """Of the token rows when it differs."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: bitsandbytes', a quarter of the optimizer's memory."""
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    prior_weight: float = Field(1.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=100)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12)
+    prior_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the regularisation loss."""
     regularization: Literal["real", "generated", "none"] = CUSTOM_DIFFUSION.regularization
     """Images of the class beside the concept's: retrieved ones with their captions, or drawn by the base with the class
@@ -231,19 +255,19 @@ class Training(Section):
     flip: bool = False
     """Mirror half of the views, and of the regularisation images (the authors do). Not for concepts with writing on
     them, or whose left and right matter."""
-    views: Positive = 64
+    views: int = Field(64, gt=0, le=1_000_000_000)
     """Augmented views of each image whose latents are kept."""
     prompt: str = "photo of a {}"
     """Caption of a concept's image, `{}` standing for the concept."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    pack_size: Positive | Literal["auto"] = "auto"
+    pack_size: Annotated[int, Field(gt=0, le=10_000)] | Literal["auto"] = "auto"
     """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds. 1 for
     methods that train more than text K/V layers and tokens."""
     strategy: Literal["single", "ddp", "deepspeed"] = "single"
     """How several ranks share a step's batch; single: one process a pack."""
-    ranks: Positive = 1
+    ranks: int = Field(1, gt=0, le=10_000)
     """Processes (GPUs) that train one set of weights together; `batch_size` stays what it is, for all of them."""
     deepspeed: Zero = Zero()
     gradient_checkpointing: bool = False
@@ -251,8 +275,8 @@ class Training(Section):
     compile: bool = False
     """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
     seed: Seed = 0
-    checkpoint_every: Positive = 50
-    sample_every: Positive | None = None
+    checkpoint_every: Steps = 50
+    sample_every: Steps | None = None
     """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
     evaluation draws the same concepts, too."""
 
@@ -308,14 +332,14 @@ class Merge(Section):
     """`soft` keeps each concept as close to its own weights as `max_drift` allows, over many prompts. `paper` meets the
     constraint prompts exactly (Custom Diffusion, equation 4), whatever that moves. (`auto` and `hard` are their older
     names.)"""
-    max_drift: float = Field(0.1, gt=0)
+    max_drift: float = Field(0.1, gt=0, le=1e6)
     """How far the regularisation captions' keys and values may move, as a share of their size (a single concept's
     training moves them by about 0.1). Beyond it each concept is met less."""
-    penalty: float | None = Field(None, gt=0)
+    penalty: float | None = Field(None, gt=0, le=1e12)
     """mu of the soft form, relative to the mean of G's diagonal; the largest that keeps to `max_drift` when empty."""
-    captions: Positive = 1000
+    captions: Images = 1000
     """Regularisation captions in G at most (the authors: 200 to 1000)."""
-    damping: float = Field(1e-6, ge=0)
+    damping: float = Field(1e-6, ge=0, le=1)
     """Added to G's diagonal, relative to its mean, so that its factorisation exists."""
     prompts: tuple[str, ...] | None = Field(None, min_length=1)
     """Constraint prompts; `{}` stands for the concept. By default fourteen of many forms, or the paper's two."""
@@ -332,10 +356,10 @@ class Merge(Section):
 
 
 class Compress(Section):
-    max_bytes: Positive | None = None
+    max_bytes: int | None = Field(None, gt=0, le=2**40)
     """Upper bound of the factors' bytes. When neither is given, a merged model is kept without loss, and a single set
     of weights (one concept, or joint training) is cut to a fifth of its bytes, as in the paper."""
-    max_rank: Positive | None = None
+    max_rank: int | None = Field(None, gt=0, le=100_000)
     """Upper bound of the rank."""
     spectrum: float | None = Field(None, gt=0, le=1)
     """Cut a single set of weights as the authors do instead: of each matrix, the largest singular values that hold this
@@ -351,10 +375,10 @@ class Compress(Section):
 class Evaluation(Section):
     prompts: Prompts = Field(("photo of a {}",), min_length=1)
     """As a concept's."""
-    samples: Positive = 8
+    samples: int = Field(8, gt=0, le=10_000)
     """Images a prompt."""
-    steps: Positive = 50
-    guidance: float = 6.0
+    steps: int = Field(50, gt=0, le=100_000)
+    guidance: float = Field(6.0, ge=-100, le=100)
     seed: Seed = 0
     clip: str = "miniature"
     identity: Literal["miniature", ""] = ""
@@ -362,7 +386,7 @@ class Evaluation(Section):
 
 
 class Publish(Section):
-    to: Place = ""
+    to: Destination = ""
     """Folder or URL releases go to; `<output>/releases` when empty."""
     hub: str = ""
     """Repository on the Hugging Face hub, `owner/name`, that each new release is copied to."""
@@ -377,14 +401,16 @@ class Publish(Section):
     signing_key: str = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
-    @field_validator("to")
+    @field_validator("hub")
     @classmethod
-    def _versions_can_be_kept_there(cls, value: str) -> str:
-        if value.startswith("hf://"):
-            raise ValueError(
-                f"the hub gets copies of releases, by `publish.hub: owner/name`; `to` is the folder or bucket they are "
-                f"kept in; found {shown(value)}"
-            )
+    def _hub_has_such_names(cls, value: str) -> str:
+        try:
+            validate_repo_id(value or "owner/name")
+            known = not value or value.count("/") == 1
+        except HFValidationError:
+            known = False
+        if not known:
+            raise ValueError(f"expected a repository of the hub, owner/name; found {shown(value)}")
         return value
 
 
@@ -573,15 +599,15 @@ class Gate(Section):
     """How far a new release may fall behind the current one: a measure's mean change, image by image on the same
     prompts and seeds, may lie this far below zero beyond its interval."""
 
-    image: float = Field(0.02, ge=0)
+    image: float = Field(0.02, ge=0, le=2)
     """Of each concept's image alignment (CLIP cosine)."""
-    identity: float = Field(0.05, ge=0)
+    identity: float = Field(0.05, ge=0, le=2)
     """Of each concept's identity alignment, where `evaluation.identity` names a judge."""
-    text: float = Field(0.01, ge=0)
+    text: float = Field(0.01, ge=0, le=2)
     """Of the text alignment over all concepts (CLIP cosine)."""
-    retention: float = Field(0.02, ge=0)
+    retention: float = Field(0.02, ge=0, le=2)
     """Of the text alignment over all classes, when the release is asked for the bare class (CLIP cosine)."""
-    standard_errors: float = Field(1.96, ge=0)
+    standard_errors: float = Field(1.96, ge=0, le=100)
     """Half the width of the interval; 1.96 for 95 %."""
 
 

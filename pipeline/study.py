@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipeline.sampling import grid
 from pipeline.spec import BatchFile, Place, Section, Seed, batch_from, clip_path, local_folder, read_mapping, validated
 from pipeline.stages.compose import Compose
 from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.features import Features
 from pipeline.stages.merge import Merge
 from pipeline.stages.regularization import Regularization
 from pipeline.stages.stage import Stage
@@ -41,6 +43,7 @@ from pipeline.stages.train import Train
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
 from training.backbone import Backbone
+from training.images import list_images
 from training.methods import METHODS
 
 SCORES = ("text", "image", "identity")
@@ -62,9 +65,9 @@ class Variant(Section):
     name: str = Field(min_length=1)
     changes: dict[str, Any] = Field(default_factory=dict)
     """Of the batch: `{training: {method: dreambooth}}`."""
-    together: int | None = Field(None, gt=0)
+    together: int | None = Field(None, gt=0, le=1_000_000)
     """How many of the table's concepts, in their order, make a batch; all when empty."""
-    beside: int = Field(0, ge=0)
+    beside: int = Field(0, ge=0, le=1_000_000)
     """Further concepts of the study in each batch, which are not measured."""
     line: str = ""
     """Variants of one line are joined in the plot; see `against`."""
@@ -124,6 +127,13 @@ class Study(Section):
     """What all variants share, as in a batch file."""
     tables: tuple[Table, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _tables_have_files_of_their_own(self) -> Study:
+        names = [name for table in self.tables for name in (table.name, f"{table.name}-samples")]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tables need names of their own, for their files; found {twice[0]!r} again")
+        return self
+
 
 @dataclass(frozen=True)
 class Case:
@@ -148,6 +158,15 @@ def store_of(study: Study, path: Path) -> Store:
     """path: of the study's file."""
     place = located(study.store, path.parent) or "runs/{name}/store"
     return Store(place.replace("{name}", study.name))
+
+
+def check_output(study: Study, made: Sequence[Case]) -> None:
+    """Raises: ValueError when tables and figures would go where images of concepts are read."""
+    folder = Path(study.output).expanduser()
+    for stage in (stage for case in made for stage in case.plan.of(Features)):
+        for image in list_images(stage.places.images):
+            if os.path.realpath(image.parent) == os.path.realpath(folder):
+                raise ValueError(f"output: {folder} is the folder of {image}, which is read; give another folder")
 
 
 def cases(study: Study, path: Path) -> Iterator[Case]:

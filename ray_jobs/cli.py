@@ -244,6 +244,7 @@ def submit(
     batch_file: BatchFile,
     address: Address = None,
     output: Output = None,
+    deadline: Deadline = math.inf,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
 ) -> None:
     """Run a batch as a job of a Ray cluster; what it names by relative paths is sent along. Exit code that of the job's
@@ -251,7 +252,7 @@ def submit(
     from ray_jobs.jobs import follow
     from ray_jobs.jobs import submit as submit_job
 
-    job = submit_job(batch_file, address, output)
+    job = submit_job(batch_file, address, output, deadline)
     print(f"submitted {job}", flush=True)
     if not wait:
         return
@@ -295,7 +296,7 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 50,
     guidance: Annotated[float, typer.Option(min=0, max=1000)] = 6.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
 ) -> None:
     """Draw prompts with a release's merged model, or with one concept's weights."""
     if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -6,6 +6,13 @@ cluster, Ray is started on this machine.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before the other imports, which take seconds: it says what a signal meanwhile comes to
+    from ray_jobs.cli import main
+
+    main(["run", *sys.argv[1:]])
+
 import contextlib
 import enum
 import functools
@@ -15,7 +22,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -387,7 +393,9 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside this process: other nodes may go away
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": len(jobs) + 1000}
-    board = ray.remote(Board).options(**options).remote()
+    # begun anew when its process is lost, with what waits in it: it shows how far things are, no more
+    anew = {"max_restarts": -1, "max_task_retries": -1}
+    board = ray.remote(Board).options(**options, **anew).remote()
     work = ray.remote(_work)
     # a new process for each task, as `options(num_gpus=1)` would not have it: a used one stays on the GPU it saw first
     on_gpu = ray.remote(num_gpus=1)(_work)
@@ -526,7 +534,7 @@ def _follow(
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.5)
             running = {stage.key for stages in waiting.values() for stage in stages}
             state, notes = ray.get(board.get.remote())
-            for note in notes[noted:]:
+            for note in notes[noted if noted <= len(notes) else 0 :]:  # fewer than before: of a board begun anew
                 tqdm.write(printable(f"note: {note}"), file=sys.stderr)
             noted = len(notes)
             for key, (what, count, of) in state.items():
@@ -556,9 +564,3 @@ def _follow(
                 except ray.exceptions.RayError as error:
                     failures |= {stage.key: Failure.lost(error) for stage in stages}
     return failures
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import main
-
-    main(["run", *sys.argv[1:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import secrets
 import shlex
@@ -51,8 +52,10 @@ def client(address: str | None) -> JobSubmissionClient:
         ) from None
 
 
-def submit(batch_file: Path, address: str | None, output: str | None) -> str:
+def submit(batch_file: Path, address: str | None, output: str | None, deadline: float = math.inf) -> str:
     """Check the batch here, then start it there with the files that it names by relative paths. Returns the job's id.
+
+    deadline: minutes that the job may take, from when it begins.
 
     Raises: ValueError when a file is named that would not be there, when there is too much to send, when there is no
         such cluster, or it does not take the job.
@@ -76,6 +79,7 @@ def submit(batch_file: Path, address: str | None, output: str | None) -> str:
     files = sorted(set().union(*sent.values()))
     _check_size(sent, batch_file)
     options = [] if output is None else ["--output", output]
+    options += [] if math.isinf(deadline) else ["--deadline", str(deadline)]
     entrypoint = ["python", "-m", "ray_jobs.cli", "run", batch_file.name, *options]
     connection = client(address)
     with TemporaryDirectory() as scratch:

@@ -6,13 +6,19 @@ passes. Its log is one JSON object a line on stderr; its exit code says how it e
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before the other imports, which take seconds: it says what a signal meanwhile comes to
+    from ray_jobs.cli import main
+
+    main(["retrain", *sys.argv[1:]])
+
 import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -282,9 +288,3 @@ class JsonLines(logging.Formatter):
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
         return masked(json.dumps(line, default=str))
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import main
-
-    main(["retrain", *sys.argv[1:]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.study import cases, load_study, store_of, write_study
+from pipeline.study import cases, check_output, load_study, store_of, write_study
 from ray_jobs.concept_batch import StageFailed, ray_session, run_stages
 from training.backbone import load_backbone
 
@@ -16,6 +16,7 @@ def run_study(path: Path) -> Path:
     """
     study = load_study(path)
     made = list(cases(study, path))
+    check_output(study, made)
     store = store_of(study, path)
     stages = {stage.key: stage for case in made for stage in case.plan}
     if not all(stage.is_in(store) for stage in stages.values()):

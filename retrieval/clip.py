@@ -97,7 +97,7 @@ def check_clip(model: str) -> None:
                 raise ValueError("it asks for code of its own to be run (trust_remote_code); take that out")
             for place in sorted(folder.glob("*.safetensors")):
                 safe_open(place, framework="pt")
-        except (ValueError, OSError, SafetensorError) as error:  # a pointer of Git LFS, too
+        except (ValueError, OSError, RecursionError, SafetensorError) as error:  # a pointer of Git LFS, too
             raise ValueError(f"CLIP directory {model}: {place.name} is not whole: {error}") from None
         return
     if model.startswith((".", "/")):
@@ -137,12 +137,14 @@ def load_clip(model: str) -> ClipModel:
             open_clip takes what its publisher has, safetensors first, else a pickle of tensors only (`weights_only`).
 
     Raises:
-        ValueError: the name is unknown, or the directory lacks one of the two files or has several it may mean.
+        ValueError: the name is unknown, or the directory lacks one of the two files, has several it may mean, a broken
+            one, or asks for code of its own to be run.
     """
     import open_clip  # takes seconds; most processes encode nothing
 
     weights: Path | None = None
     if Path(model).is_dir():
+        check_clip(model)
         name, tag, weights = f"local-dir:{model}", None, _weights(Path(model))
     elif model.startswith("hf-hub:"):
         name, tag = model, None

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from retrieval.regular import open_anywhere
+
 # Lower-case names, first match wins: LAION (URL, TEXT), DataComp (url, text), COYO, clip-retrieval (url, caption).
 COLUMN_NAMES = {
     "url": ("url", "image_url"),
@@ -65,7 +67,7 @@ def corpus_rows(path: str) -> int:
     total = 0
     filesystem, files = _parquet_files(path)
     for file in files:
-        with _reading(file), filesystem.open(file, "rb") as stream:
+        with _reading(file), open_anywhere(filesystem, file) as stream:
             total += pq.read_metadata(stream).num_rows
     return total
 
@@ -78,11 +80,16 @@ def check_corpus(path: str, *, scores: bool) -> None:
         raise ValueError(
             f"corpus file {file} has no column of NSFW scores, named (in any case) one of {list(COLUMN_NAMES['nsfw'])}"
         )
+    if scores and first is not None and first.num_rows and first.column("nsfw").null_count == first.num_rows:
+        raise ValueError(
+            f"corpus file {file}: none of the first {first.num_rows} rows has an NSFW score that can be read: a "
+            f"number, or one of {list(NSFW_WORDS)}"
+        )
 
 
 def read_table(filesystem: fsspec.AbstractFileSystem, file: str, batch_size: int) -> Iterator[pa.RecordBatch]:
     """Read one parquet file under the columns' common names, every row of it, also those without url or caption."""
-    with _reading(file), filesystem.open(file, "rb") as stream:
+    with _reading(file), open_anywhere(filesystem, file) as stream:
         try:
             parquet = pq.ParquetFile(stream)
         except pa.ArrowInvalid as error:
@@ -114,7 +121,7 @@ def corpus_digest(path: str) -> str:
     for file in files:
         with _reading(file):
             if isinstance(filesystem, LocalFileSystem):
-                with filesystem.open(file, "rb") as stream:
+                with open_anywhere(filesystem, file) as stream:
                     total.update(hashlib.file_digest(stream, "sha256").digest())
             else:
                 total.update(f"{file} {filesystem.size(file)} {filesystem.checksum(file)}".encode())
@@ -146,9 +153,9 @@ def precomputed(path: str) -> list[tuple[str, str]] | None:
     pairs = []
     for number in sorted(embeddings):
         npy, parquet = embeddings[number], tables[number]
-        with _reading(npy), filesystem.open(npy, "rb") as stream:
+        with _reading(npy), open_anywhere(filesystem, npy) as stream:
             shape = _npy_shape(npy, stream, filesystem.size(npy))
-        with _reading(parquet), filesystem.open(parquet, "rb") as stream:
+        with _reading(parquet), open_anywhere(filesystem, parquet) as stream:
             rows = pq.read_metadata(stream).num_rows
         if shape[0] != rows:
             raise ValueError(
@@ -203,6 +210,8 @@ def _column_names(file: str, found: list[str]) -> dict[str, str]:
     for name, accepted in COLUMN_NAMES.items():
         original = next((by_lower[candidate] for candidate in accepted if candidate in by_lower), None)
         if original is not None:
+            if found.count(original) > 1:
+                raise ValueError(f"corpus file {file} has {found.count(original)} columns named {original!r}; keep one")
             names[name] = original
         elif name in ("url", "caption"):
             raise ValueError(
@@ -310,9 +319,11 @@ _READ = {"url": _url, "caption": _caption, "nsfw": _score, "sha256": _sha256}
 def _numbered(filesystem: fsspec.AbstractFileSystem, folder: str, stem: str, suffix: str) -> dict[int, str]:
     if not filesystem.isdir(folder):
         return {}
-    pattern = re.compile(rf"{stem}_([0-9]+)\.{suffix}$")
-    matches = ((pattern.search(file), file) for file in filesystem.find(folder, maxdepth=1))
-    return {int(match[1]): file for match, file in matches if match}
+    files = [file for file in filesystem.find(folder, maxdepth=1) if file.endswith(f".{suffix}")]
+    numbers = [re.search(rf"/{stem}_([0-9]+)\.{suffix}$", file) for file in files]
+    if strange := [file for file, number in zip(files, numbers, strict=True) if not number]:
+        raise ValueError(f"corpus {strange[0]}: expected a name like {stem}_0.{suffix} in this folder")
+    return {int(number[1]): file for file, number in zip(files, numbers, strict=True) if number}
 
 
 def _npy_shape(file: str, stream, size: int | None) -> tuple[int, int]:
@@ -323,7 +334,7 @@ def _npy_shape(file: str, stream, size: int | None) -> tuple[int, int]:
         shape, column_major, dtype = read_header[version](stream)
     except (ValueError, KeyError, EOFError) as error:
         raise ValueError(f"embeddings file {file} is not a readable .npy file: {error}") from error
-    if len(shape) != 2 or dtype.kind != "f" or column_major:
+    if len(shape) != 2 or min(shape) < 0 or dtype.kind != "f" or column_major:
         raise ValueError(f"embeddings file {file} must hold rows of floats; it has shape {shape}, type {dtype}")
     wanted = stream.tell() + shape[0] * shape[1] * dtype.itemsize
     if size is not None and size < wanted:

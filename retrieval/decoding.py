@@ -11,10 +11,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -25,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from retrieval.regular import open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 """The only decoders used: others of Pillow's start programs (EPS) or exist for files nobody trains on."""
@@ -59,10 +59,7 @@ def read_file(path: Path) -> bytes:
 
     Raises: ValueError for what is no regular file (a pipe would block), OSError for what cannot be read.
     """
-    # O_NONBLOCK: a pipe is seen to be one without waiting for who writes to it
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
+    with open_regular(path) as file:
         return file.read(MAX_BYTES + 1)
 
 

@@ -249,12 +249,16 @@ def _run_img2dataset(work: Path, rows: int, settings: dict) -> None:
     seconds = START_SECONDS + waits * (settings["timeout"] + ASKED_AGAIN * MAX_WAIT) + DECODE_SECONDS * rows
     settings = {**settings, "table": f"{work}/candidates.parquet", "out": str(work), "shard_rows": FETCH_SHARD_ROWS}
     (work / "settings.json").write_text(json.dumps(settings))
-    log_file = work / "log.txt"
+    log_file, scratch = work / "log.txt", work / "tmp"
+    scratch.mkdir()
+    # where Ray finds its running session, which it looks for in TMPDIR otherwise
+    ray_files = {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", tempfile.gettempdir())}
     with log_file.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "retrieval.fetch", str(work / "settings.json")],
             cwd=Path(__file__).parents[1],  # where `retrieval` is imported from, here and in the workers it starts
-            env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
+            # its temporary files go with the round: what it imports makes some, and it and its workers are killed
+            env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "TMPDIR": str(scratch), **ray_files},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

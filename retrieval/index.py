@@ -64,7 +64,12 @@ def build_index(
     Raises:
         ValueError: there are no captions, or `out` is there already.
     """
-    blocks = ((encode(batch.column("caption").to_pylist()), batch) for batch in batches if batch.num_rows)
+
+    def encoded(batch: pa.RecordBatch) -> np.ndarray:
+        captions = batch.column("caption").dictionary_encode()  # what many rows have is encoded once
+        return encode(captions.dictionary.to_pylist())[captions.indices.to_numpy()]
+
+    blocks = ((encoded(batch), batch) for batch in batches if batch.num_rows)
     return build_index_from_blocks(blocks, out, model=model, shard_rows=shard_rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,17 +62,41 @@ class RegularizationSet:
 
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         """Yield (RGB image, caption), in the same order each time: nearest caption first."""
-        for sample in self.samples():
-            yield own_image(sample["jpg"]), sample["txt"].decode()
+        for shard, sample in self._samples():
+            try:
+                image = own_image(sample["jpg"])
+            except OSError as error:
+                raise _damaged(shard, sample, f"its image cannot be read: {error}") from None
+            yield image, _caption(shard, sample)
 
     def captions(self) -> list[str]:
         """List the captions in the order of the images."""
-        return [sample["txt"].decode() for sample in self.samples()]
+        return [_caption(shard, sample) for shard, sample in self._samples()]
 
     def samples(self) -> Iterator[dict]:
-        """Yield the shards' samples undecoded: `__key__`, and bytes as `jpg`, `txt`, `json`."""
+        """Yield the shards' samples undecoded: `__key__`, and bytes as `jpg`, `txt`, `json`.
+
+        Raises: ValueError for a shard that is damaged.
+        """
+        return (sample for _, sample in self._samples())
+
+    def _samples(self) -> Iterator[tuple[Path, dict]]:
         for shard in sorted(self.path.glob("*.tar")):
-            yield from read_shard(shard)
+            for sample in read_shard(shard):
+                if not {"jpg", "txt"} <= set(sample):
+                    raise _damaged(shard, sample, "an image and its caption are needed")
+                yield shard, sample
+
+
+def _caption(shard: Path, sample: dict) -> str:
+    try:
+        return sample["txt"].decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(shard, sample, f"its caption is not UTF-8: {error.reason}") from None
+
+
+def _damaged(shard: Path, sample: dict, why: str) -> ValueError:
+    return ValueError(f"{shard}: sample {sample['__key__']!r}: {why}; remove this set from the store to make it anew")
 
 
 def own_image(jpg: bytes) -> Image.Image:
@@ -84,6 +109,10 @@ def read_shard(shard: Path) -> Iterator[dict]:
 
     By webdataset's tar reader alone: its `decode` would unpickle members that end in .pyd, and its `WebDataset`
     would take a path with `{..}` for several and one that begins with `pipe:` for a command.
+    Raises: ValueError when it is no whole archive.
     """
     with shard.open("rb") as stream:
-        yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
+        try:
+            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
+        except tarfile.TarError as error:
+            raise ValueError(f"{shard}: no whole archive: {error.args[0]}") from None

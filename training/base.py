@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from retrieval.regular import open_regular
+from training.objective import PREDICTIONS
 from training.parts import text_kv_layers
 from training.tokens import Words
 
@@ -32,6 +34,13 @@ CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
 """Part -> library, and how the names of the classes begin that can be worked with. Never a base's own code."""
+FORM = "only models of the Stable Diffusion 1.x, 2.x and XL form can be taught"
+ENCODERS = ("clip_text_model", "clip")
+"""Kinds of text encoders, as their configurations say them."""
+MOST_LAYERS = 256
+"""Of a kind in one place: SDXL's UNet has 10, its larger text encoder 32."""
+MOST_LATENTS = 1024
+"""Side of a picture as the UNet reads it; SDXL's is 128."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,14 @@ def _checked(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Base:
     two = bool(_class_of(index, "text_encoder_2"))
     parts = [part for part in PARTS if two or not part.endswith("_2")]
     _check_kinds(index, parts)
-    unet = _unet(_json(folder / "unet" / "config.json"))
     configs = {part: _json(folder / part / "config.json") for part in parts if _is_model(part)}
+    for part, described in configs.items():
+        _check_config(part, described)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    if (predicts := scheduler.get("prediction_type", "epsilon")) not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise ValueError(f"scheduler/scheduler_config.json: prediction_type is {predicts!r}, expected one of {known}")
+    unet = _unet(configs["unet"])
     vae = configs["vae"]
     _check_channels(unet.config.in_channels, vae.get("latent_channels", 4))
     encoders = {part: CLIPTextConfig.from_dict(config) for part, config in configs.items() if "encoder" in part}
@@ -103,7 +118,7 @@ def _checked(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Base:
         unet.config.sample_size * 2 ** (len(vae["block_out_channels"]) - 1),
         width,
         Words(tuple(_tokenizer(folder / part.replace("text_encoder", "tokenizer"), c) for part, c in encoders.items())),
-        _json(folder / "scheduler" / "scheduler_config.json").get("num_train_timesteps", 1000),
+        scheduler.get("num_train_timesteps", 1000),
         weights,
         variant,
         dict.fromkeys((part for part in LEFT_OUT if _class_of(index, part)), None)
@@ -114,7 +129,9 @@ def _checked(folder: Path, _: tuple[tuple[str, int, int], ...]) -> Base:
 def _class_of(index: Mapping[str, Any], part: str) -> str:
     """What a pipeline has as a part; empty for nothing."""
     described = index.get(part)
-    return described[1] or "" if isinstance(described, list) and len(described) == 2 else ""
+    if not isinstance(described, list) or len(described) != 2 or not isinstance(described[1], str):
+        return ""
+    return described[1]
 
 
 def _is_model(part: str) -> bool:
@@ -122,6 +139,8 @@ def _is_model(part: str) -> bool:
 
 
 def _check_kinds(index: Mapping[str, Any], parts: list[str]) -> None:
+    if not str(index.get("_class_name")).startswith("StableDiffusion"):
+        raise ValueError(f"model_index.json: _class_name is {index.get('_class_name')!r}: {FORM}")
     for part in sorted(parts, key=lambda part: list(CLASSES).index(part.removesuffix("_2"))):
         library, name = CLASSES[part.removesuffix("_2")]
         if not (found := _class_of(index, part)):
@@ -129,8 +148,34 @@ def _check_kinds(index: Mapping[str, Any], parts: list[str]) -> None:
         if index[part][0] != library or not found.startswith(name):
             raise ValueError(
                 f"model_index.json: {part} is {'.'.join(map(str, index[part]))}, expected {library}.{name or '…'}: "
-                "only models of the Stable Diffusion 1.x, 2.x and XL form can be taught"
+                f"{FORM}"
             )
+
+
+def _check_config(part: str, config: dict[str, Any]) -> None:
+    """Raises: ValueError for a text encoder of another kind, and sizes that no model has: making it would not end."""
+    kind = config.get("model_type", ENCODERS[0])
+    if part.startswith("text_encoder") and kind not in ENCODERS:
+        raise ValueError(f"{part}/config.json: model_type is {kind!r}, expected {ENCODERS[0]!r}: {FORM}")
+    for key, value in config.items():
+        most = max(_numbers(value), default=0) if key.endswith(("layers_per_block", "num_hidden_layers")) else 0
+        if most > MOST_LAYERS:
+            raise ValueError(f"{part}/config.json: {key} is {most}, expected at most {MOST_LAYERS}")
+    if part == "unet":
+        side = config.get("sample_size")
+        if type(side) is not int or not 1 <= side <= MOST_LATENTS:
+            raise ValueError(
+                f"unet/config.json: sample_size is {side!r}, expected a whole number from 1 to {MOST_LATENTS}"
+            )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All in lists of lists."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _unet(config: dict[str, Any]) -> UNet2DConditionModel:
@@ -231,12 +276,13 @@ def _check_whole(file: Path) -> None:
 
 def _json(file: Path) -> dict[str, Any]:
     place = f"{file.parent.name}/{file.name}" if file.name != "model_index.json" else file.name
+    _check_whole(file)
     try:
-        _check_whole(file)
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as f:
+            content = json.loads(f.read().decode("utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{place}: missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{place}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{place}: expected a mapping, found {type(content).__name__}")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from retrieval.regular import open_regular
 from training.durable import replace
 
 
@@ -86,15 +87,15 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError(f"{path}: not a file")
+    try:
+        open_regular(path).close()
+    except (ValueError, IsADirectoryError):
+        raise ValueError(f"{path}: not a regular file") from None
     try:
         with safe_open(path, framework="pt") as f:
             yield f
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except OSError as error:  # without the file's name
         raise OSError(errno.EIO, str(error), str(path)) from None
 

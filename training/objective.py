@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a model may predict, as its scheduler's `prediction_type` says."""
+
 
 def target_of(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """What the model has to predict: the noise, or the velocity (v-prediction models).
@@ -15,7 +18,7 @@ def target_of(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: 
         return noise
     if kind == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
-    raise ValueError(f"the base model's scheduler predicts {kind!r}; known are 'epsilon' and 'v_prediction'")
+    raise ValueError(f"the base model's scheduler predicts {kind!r}; known are {', '.join(PREDICTIONS)}")
 
 
 def masked_loss(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -682,6 +682,10 @@ SILENT = [
 ]
 
 
+def prepare() -> None:
+    finished()
+
+
 def _run_with_hub() -> None:
     """Everything is done already but the publication. The hub is to be a port where nothing listens."""
     text = (finished() / "batch.yaml").read_text() + "publish: {to: runs/rel, hub: owner/name}\n"

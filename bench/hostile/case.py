@@ -122,14 +122,19 @@ def tree(folder: Path) -> dict[str, str]:
 def judge(cases: Iterable[Case], at_once: int = 2) -> Iterator[tuple[Case, Verdict]]:
     """Run cases, each in a process of its own and within its limits; yields them as they end."""
     waiting, running = list(cases)[::-1], list[_Running]()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(_Running(waiting.pop()))
-        for one in list(running):
-            if verdict := one.verdict():
-                running.remove(one)
-                yield one.case, verdict
-        time.sleep(0.02)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_Running(waiting.pop()))
+            for one in list(running):
+                if verdict := one.verdict():
+                    running.remove(one)
+                    yield one.case, verdict
+            time.sleep(0.02)
+    finally:
+        for one in running:  # the campaign is cut off
+            one.end()
+            _remove(one.box)
 
 
 class _Running:
@@ -146,6 +151,8 @@ class _Running:
         self.process = os.fork()
         if self.process == 0:
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.setsid()
                 verdict = _run(case, self.box)
                 self.outcome.write_text(json.dumps(vars(verdict)), encoding="utf-8", errors="backslashreplace")
@@ -163,8 +170,7 @@ class _Running:
             os.waitpid(self.process, 0)
         else:
             return None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process, signal.SIGKILL)  # what it started
+        self.end()
         output = self.box / "output"
         text = output.read_text(errors="replace")[-3000:] if output.exists() else ""
         if why:
@@ -175,6 +181,11 @@ class _Running:
             found = Verdict("tracebacks", "the process died", text)
         _remove(self.box)
         return found
+
+    def end(self) -> None:
+        """End it with what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process, signal.SIGKILL)
 
     def _beyond(self) -> str:
         seconds = time.monotonic() - self.start

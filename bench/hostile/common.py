@@ -142,7 +142,7 @@ def preload() -> None:
 @functools.cache
 def shared() -> Path:
     """A folder for what cases share; removed when the campaign ends."""
-    return Path(tempfile.mkdtemp(prefix="hostile-shared-"))
+    return Path(tempfile.mkdtemp(prefix="shared-"))
 
 
 FINISHED = """\

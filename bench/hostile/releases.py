@@ -630,6 +630,11 @@ def front(seen: Seen) -> dict[str, Any]:
     return yaml.safe_load(seen.result.split("---")[1])
 
 
+def body(seen: Seen) -> str:
+    """What is shown as a page; the front matter is data."""
+    return seen.result.split("\n---\n", 1)[1]
+
+
 HTML = "<script>alert(1)</script>"
 CARD_TEXTS = [
     card(
@@ -648,7 +653,7 @@ CARD_TEXTS = [
     ),
     card(
         "a licence's link that is a script",
-        lambda s: "(javascript:" not in s.result,
+        lambda s: "](javascript:" not in body(s) and 'href="javascript:' not in body(s),
         license="",
         license_name="x",
         license_link="javascript:alert(1)",
@@ -656,7 +661,7 @@ CARD_TEXTS = [
     ),
     card(
         "a licence's link that closes its bracket",
-        lambda s: f"){HTML}" not in s.result,
+        lambda s: HTML not in body(s),
         license="",
         license_name="x",
         license_link=f"http://x){HTML}",
@@ -690,7 +695,7 @@ CARD_TEXTS = [
         refused="base",
         base_model="/home/me/models/mine",
     ),
-    card("a front matter's end as name", lambda s: isinstance(front(s), dict), name="---"),
+    card("a front matter's end as name", lambda s: isinstance(front(s), dict), name="---", refused="'---'"),
 ]
 
 

@@ -36,7 +36,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from scipy.stats import binomtest
 
-from retrieval.decoding import decode
+from retrieval.decoding import decode, read_file
 from training.images import list_images
 
 QUESTIONS = {"text": "Which image fits the text better?", "concept": "Which image shows this concept better?"}
@@ -114,7 +114,7 @@ def load_study(folder: Path) -> Study:
     methods: defaultdict[tuple[str, str, int], list[str]] = defaultdict(list)
     for key, file in sorted(images.items()):
         methods[key[:3]].append(key[3])
-        digest.update(f"{key} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{key} {hashlib.sha256(read_file(file)).hexdigest()}\n".encode())
     comparisons = [
         Comparison(*same, *pair) for same, names in methods.items() for pair in itertools.combinations(names, 2)
     ]
@@ -131,7 +131,7 @@ def _image_file(folder: Path, file: Path) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{file}: is outside of {folder}")
     try:
-        decode(file.read_bytes())
+        decode(read_file(file))
     except OSError as error:
         raise ValueError(f"{file}: not an image: {error.strerror}") from None
     except ValueError as error:
@@ -412,7 +412,7 @@ async def _picture(file: Path) -> web.Response:
 
     def pixels() -> bytes:
         data = io.BytesIO()
-        decode(file.read_bytes()).image.save(data, "png")
+        decode(read_file(file)).image.save(data, "png")
         return data.getvalue()
 
     body = await asyncio.to_thread(pixels)

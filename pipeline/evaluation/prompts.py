@@ -7,15 +7,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.reading import read_lines, shown
+from pipeline.reading import check_visible, read_lines, shown
 
 PLACES = ("{}",)
 TWO_PLACES = ("{0}", "{1}")
 
 
 def check_prompt(prompt: str, places: Sequence[str] = PLACES) -> str:
-    """The prompt, if it names each concept once. Raises ValueError otherwise."""
-    rest = prompt
+    """The prompt, if it names each concept once, and can be shown. Raises ValueError otherwise."""
+    rest = check_visible(prompt)
     for place in places:
         rest = rest.replace(place, "", 1)
     if any(prompt.count(place) != 1 for place in places) or "{" in rest or "}" in rest:

@@ -83,6 +83,8 @@ def check_fit(place: str | Path, weights: ConceptWeights | MergedModel, backbone
 def _check_tokens(place: str | Path, tokens: dict[str, list[torch.Tensor]], backbone: Backbone) -> None:
     widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in backbone.text_encoders]
     for token, rows in tokens.items():
+        if not token.isprintable() or " " in token:
+            raise ValueError(f"{place}: token {token!r}: a token is one word of characters that can be seen")
         if (found := [len(row) for row in rows]) != widths:
             raise ValueError(f"{place}: token {token!r} has rows of widths {found}; this base model's are {widths}")
         if any(len(t(token, add_special_tokens=False).input_ids) < 2 for t in backbone.tokenizers):

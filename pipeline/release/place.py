@@ -12,6 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.places import check_named, masked
+from retrieval.regular import open_regular
 
 READ_ONLY = ("http", "https")
 """Whose servers list no folders, take no files, and may answer anything to a question for what is not there."""
@@ -86,14 +87,13 @@ def read(fs: AbstractFileSystem, path: str) -> bytes:
 
     Raises: FileNotFoundError when there is none; ValueError when it is no regular file: a pipe would block.
     """
-    check_regular(fs, path)
-    return fs.cat_file(path)
-
-
-def check_regular(fs: AbstractFileSystem, path: str) -> None:
-    """Raises: ValueError when a path that is there is no regular file."""
-    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: not a regular file")
+    if not isinstance(fs, LocalFileSystem):
+        return fs.cat_file(path)
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except (ValueError, IsADirectoryError):
+        raise ValueError(f"{path}: not a regular file") from None
 
 
 def make_folder(fs: AbstractFileSystem, folder: str) -> None:

@@ -33,16 +33,9 @@ from tqdm import tqdm
 from pipeline.reading import parse_written, shown
 from pipeline.release.lease import lease
 from pipeline.release.manifest import FORMAT, Described, Newer, content_sum, leaves_its_folder, own_sum, parse
-from pipeline.release.place import (
-    Place,
-    check_regular,
-    create,
-    make_folder,
-    open_destination,
-    open_place,
-    read,
-)
+from pipeline.release.place import Place, create, make_folder, open_destination, open_place, read
 from pipeline.release.sign import Sign, has_signature, is_signed, signer, with_signature
+from retrieval.regular import open_anywhere
 from training.durable import replace, sync_tree
 
 MANIFEST = "manifest.json"
@@ -558,15 +551,14 @@ def _changed(fs: AbstractFileSystem, root: str, files: dict[str, tuple[str, int]
         for name, (sha256, size) in bar:
             path = f"{root}/{name}"
             try:
-                check_regular(fs, path)
-            except ValueError:
+                stream = open_anywhere(fs, path)
+            except (ValueError, IsADirectoryError):
                 problems.append(f"{name}: not a regular file")
                 continue
-            if (found := fs.info(path)["size"]) != size:
-                problems.append(f"{name}: changed: {found} bytes instead of {size}")
-                continue
-            with fs.open(path, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+            with stream as f:
+                if (found := fs.info(path)["size"]) != size:
+                    problems.append(f"{name}: changed: {found} bytes instead of {size}")
+                elif hashlib.file_digest(f, "sha256").hexdigest() != sha256:
                     problems.append(f"{name}: changed: its sha256 sum is another")
     return problems
 

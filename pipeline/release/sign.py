@@ -6,8 +6,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from retrieval.regular import open_regular
 
 Sign = Callable[[bytes], bytes]
 
@@ -21,7 +22,7 @@ def signer(key: str) -> Sign | None:
         return None
     serialization, ed25519, _ = _cryptography()
     try:
-        private = serialization.load_pem_private_key(Path(key).read_bytes(), password=None)
+        private = serialization.load_pem_private_key(_read(key), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{key}: no private key that can be read (PEM, without password): {error}") from None
     if not isinstance(private, ed25519.Ed25519PrivateKey):
@@ -36,7 +37,7 @@ def is_signed(content: bytes, signature: bytes, key: str) -> bool:
     """
     serialization, ed25519, wrong = _cryptography()
     try:
-        pem = Path(key).read_bytes()
+        pem = _read(key)
         if b"PRIVATE KEY" in pem:
             public = serialization.load_pem_private_key(pem, password=None).public_key()
         else:
@@ -69,6 +70,11 @@ def has_signature(content: dict[str, Any], key: str) -> bool:
 def _plain(content: dict[str, Any]) -> bytes:
     rest = {key: value for key, value in content.items() if key != "signature"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _read(key: str) -> bytes:
+    with open_regular(key) as file:
+        return file.read()
 
 
 def _cryptography() -> tuple[Any, Any, type[Exception]]:

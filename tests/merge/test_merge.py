@@ -571,7 +571,7 @@ def test_no_file_of_weights(tmp_path):
         with pytest.raises(ValueError, match=rf"{name}.safetensors: .*{message}"):
             load_weights(tmp_path / f"{name}.safetensors")
     for name in ("pipe", "folder"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors: not a file"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors: not a regular file"):
             load_weights(tmp_path / f"{name}.safetensors")
 
 
@@ -594,6 +594,7 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
         (MergedModel(fits, {SHARED: torch.ones(192)}, {}, made), "do not go together"),
         (MergedModel(fits, right, {}, {"base": "0123"}), "digest 0123"),
         (MergedModel(fits, right, {}), "does not say over which base"),
+        (MergedModel(fits, right, {"<x y>": [torch.ones(192)]}, made), "token '<x y>': a token is one word"),
         (MergedModel(fits, right, {"<x>": [torch.ones(3)]}, made), "token '<x>' has rows of widths"),
     ):
         model.save(file)
@@ -637,6 +638,22 @@ def test_sums_of_strangers(backbone, tmp_path):
     captions.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"captions.txt:1: cannot be read as text: byte 0xff is not UTF-8"):
         merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", out=out)
+
+
+def test_new_categories_are_merged_by_their_words(backbone, tmp_path):
+    """Each of its own; two of one word are one word to the model."""
+    captions, out = tmp_path / "captions.txt", tmp_path / "m.safetensors"
+    captions.write_text("a cat\na dog\na house")
+    files = {}
+    for seed, (name, word) in enumerate((("a", "moongate"), ("b", "skybus"), ("c", "Moongate"))):
+        files[name] = tmp_path / f"{name}.safetensors"
+        described = [{"name": name, "token": "", "class_word": word}]
+        _said(_weights(backbone, name, seed, token=False), concepts=described).save(files[name])
+    model, told = merge_files([files["a"], files["b"]], captions, MINIATURE / "model", form="hard", out=out)
+    assert [concept["class_word"] for concept in model.metadata["concepts"]] == ["moongate", "skybus"]
+    assert model.tokens == {} and max(told.residuals.values()) < 0.05
+    with pytest.raises(ValueError, match=r"c.safetensors: class word of a new category 'moongate' is that of .* 'a'"):
+        merge_files(files.values(), captions, MINIATURE / "model", out=out)
 
 
 @pytest.mark.parametrize(("first", "second"), [("<new1>", "<NEW1>"), ("<caf\u00e9>", "<Cafe\u0301>")])

@@ -10,8 +10,19 @@ import pytest
 
 from pipeline.checks import read_block_list
 from pipeline.miniature.world import concept_images
+from pipeline.mistakes import kinds_of
 from pipeline.plan import make_plan
-from pipeline.spec import MINIATURE, ConceptBatch, clip_path, load_batch, overridden
+from pipeline.spec import (
+    MINIATURE,
+    Concept,
+    ConceptBatch,
+    Retraining,
+    Section,
+    clip_path,
+    load_batch,
+    load_retraining,
+    overridden,
+)
 
 
 def write(tmp_path: Path, text: str, name: str = "batch.yaml") -> Path:
@@ -25,6 +36,13 @@ TWO = "concepts: [{name: a, images: a, class_word: cat}, {name: b, images: b, cl
 
 def _concept(more: str) -> str:
     return f"concepts: [{{name: cat, images: cat, class_word: cat, {more}}}]\n"
+
+
+def _sections(section: type[Section]) -> list[type[Section]]:
+    """A part of the spec and all parts of it."""
+    kinds = {kind for field in section.model_fields.values() for kind in kinds_of(field.annotation)}
+    inner = sorted((kind for kind in kinds if issubclass(kind, Section)), key=lambda kind: kind.__name__)
+    return [section, *(part for kind in inner for part in _sections(kind))]
 
 
 def test_paper_defaults(tmp_path):
@@ -112,12 +130,47 @@ def test_paper_defaults(tmp_path):
         ),
         ("just text", r"expected a mapping with the key 'concepts', found 'just text'"),
         ("a: [", r"not valid YAML"),
+        (CONCEPT + "store: hf://owner/name", r"store: the hub gets copies of releases, by `publish.hub"),
+        (CONCEPT + "publish: {to: 'http://h/x'}", r"publish.to: http://h/x: nothing is written over HTTP"),
+        *(
+            (
+                CONCEPT + f"publish: {{hub: '{name}'}}",
+                r"publish.hub: expected a repository of the hub, owner/name",
+            )
+            for name in ("name", "a/b/c", "../x", "https://h/a/b", "a b/c", "/b")
+        ),
+        (_concept(r'initializer: " "'), r"concepts\[0\].initializer: blank; give a word, or leave it out"),
+        (
+            _concept(r'class_prompt: "a\e[2J"'),
+            r"class_prompt: has a character that cannot be seen, U\+001B",
+        ),
+        (CONCEPT + r'output: "a\0b"', r"output: has a character that cannot be seen, U\+0000"),
+        (CONCEPT + r'evaluation: {prompts: ["{} \u202e"]}', r"evaluation.prompts: has a character .* U\+202E"),
+        (CONCEPT + f"evaluation: {{prompts: ['{{}} {'a' * 20_000}']}}", r"prompts: expected at most 10000 letters"),
         (CONCEPT + "training: {prompt: a photo}", r"training.prompt: a prompt names the concept once by '{}'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load_batch(write(tmp_path, text))
+
+
+def test_words_of_every_script(tmp_path):
+    for word in ("کتاب‌خانه", "❤️‍🔥 cat", "公共\u3000汽车"):
+        batch = load_batch(write(tmp_path, CONCEPT.replace("class_word: cat", f"class_word: {word}")))
+        assert batch.concepts[0].class_word == " ".join(word.split())
+
+
+@pytest.mark.parametrize("section", [*_sections(Retraining), *_sections(Concept)], ids=lambda section: section.__name__)
+def test_every_number_has_a_bound(section):
+    for name, field in section.model_fields.items():
+        if {int, float} & set(kinds_of(field.annotation)):
+            schema = section.model_json_schema()["properties"][name]
+            assert all(
+                {"maximum", "exclusiveMaximum", "enum"} & set(kind)
+                for kind in schema.get("anyOf", [schema])
+                if kind.get("type") in ("integer", "number")
+            ), name
 
 
 def test_a_wrong_concept_is_the_only_mistake(tmp_path):
@@ -161,6 +214,13 @@ def test_places_are_relative_to_the_file(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"^--output: report and summary go to a local folder"):
             overridden(batch, output=wrong)
     assert load_batch(write(tmp_path, CONCEPT + "output: ~/x")).store_url == "/home/me/x/store"
+
+
+def test_a_signing_key_is_where_the_file_is(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    for load, concepts in ((load_batch, CONCEPT), (load_retraining, "catalogue: cards\n")):
+        file = write(tmp_path, concepts + "publish: {signing_key: keys/mine.pem}")
+        assert load(file).signing_key == f"{tmp_path}/keys/mine.pem"
 
 
 def test_a_release_says_nothing_of_a_machine(tmp_path):

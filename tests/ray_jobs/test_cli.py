@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -291,6 +292,7 @@ def test_a_pipe_is_not_written_over(tmp_path, capsys, monkeypatch, command, plac
         ("sample a prompt --guidance nan", "--guidance"),
         ("sample a prompt --guidance inf", "--guidance"),
         ("run a --deadline nan", "--deadline"),
+        ("submit a --deadline nan", "--deadline"),
     ],
 )
 def test_numbers_that_are_none(capsys, command, option):
@@ -396,6 +398,32 @@ def test_told_to_end_while_ray_runs(batch):
         "note: RAY_AUTH_MODE=disabled lets other users of this machine run code in this Ray; unset it",
         "interrupted; what was finished is kept, run the same command to go on",
     ]
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+from importlib.abc import MetaPathFinder
+
+stop = getattr(signal, sys.argv.pop())
+
+class Stopping(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "ray":
+            os.kill(os.getpid(), stop)
+
+sys.meta_path.insert(0, Stopping())
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "stop", "code"), [("concept_batch", "SIGINT", 130), ("retrain", "SIGTERM", 128 + signal.SIGTERM)]
+)
+def test_told_to_end_while_it_imports(module, stop, code):
+    command = [sys.executable, "-c", IMPORTING, f"ray_jobs.{module}", "batch.yaml", stop]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("interrupted; what was finished is kept")
 
 
 def test_a_storage_without_a_key(tmp_path, capsys, monkeypatch):

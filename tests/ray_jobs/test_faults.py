@@ -133,7 +133,7 @@ def the_same(plan: Plan, same_weights, *stores: Store) -> None:
         same_weights(*[stage.result(store).weights() for store in stores])
 
 
-@pytest.mark.parametrize("lost", ["process", "node"])
+@pytest.mark.parametrize("lost", ["process", "board", "node"])
 def test_a_process_or_a_node_goes_away(cluster, plan, undisturbed, tmp_path, same_weights, lost):
     """In the middle of a training."""
     store, (_, turtle) = Store(str(tmp_path / "store")), plan.of(Train)
@@ -142,6 +142,8 @@ def test_a_process_or_a_node_goes_away(cluster, plan, undisturbed, tmp_path, sam
         wait_for(checkpoint(store, turtle).exists)
         if lost == "process":
             kill("train turtle", 1)
+        elif lost == "board":  # which only shows how far things are
+            kill("Board", 1)
         else:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 

@@ -100,6 +100,15 @@ def test_two_concepts_in_one_image_and_measures_against_the_number_of_concepts(s
     assert set(scores[scores.table == "pairs"].concept) == {"bus", "cow"}
 
 
+def test_tables_are_not_written_over_images_or_each_other(study, capsys):
+    code, _, err = run("study", str(study(output="./bus/../bus")), capsys=capsys)
+    assert code == 2 and "bus/0.png, which is read; give another folder" in err
+    for second in ("one", "one-samples"):
+        tables = [{"name": name, "variants": [{"name": "a"}]} for name in ("one", second)]
+        code, _, err = run("study", str(study(tables=tables)), capsys=capsys)
+        assert code == 2 and f"tables need names of their own, for their files; found '{second}" in err
+
+
 def test_cases_and_what_is_wrong_with_a_study(study, capsys):
     path = study(seeds=[0, 1])
     made = list(cases(load_study(path), path))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,16 @@ def test_no_pickle_of_a_directory_is_read(clip: ClipModel, clip_directory: Path,
 def test_weights_that_are_none(clip_directory: Path, tmp_path: Path) -> None:
     shutil.copy(clip_directory / "open_clip_config.json", tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match=r"open_clip_model\.safetensors is not whole"):
+        load_clip(str(tmp_path))
+
+
+def test_code_of_a_directory_is_not_run(clip_directory: Path, tmp_path: Path) -> None:
+    shutil.copy(clip_directory / "open_clip_model.safetensors", tmp_path)
+    described = json.loads((clip_directory / "open_clip_config.json").read_text())
+    described["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="asks for code of its own to be run"):
         load_clip(str(tmp_path))
 
 

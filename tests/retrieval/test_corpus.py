@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -80,10 +81,11 @@ def test_text_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
     assert corpus_rows(str(tmp_path)) == 4
 
 
-def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+def test_a_column_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["u"]), pa.array(["one"]), pa.array(["two"])], ["url", "caption", "caption"])
     pq.write_table(table, tmp_path / "a.parquet")
-    assert rows(tmp_path) == [{"url": "u", "caption": "one"}]
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns named 'caption'; keep one"):
+        rows(tmp_path)
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
@@ -146,6 +148,18 @@ def test_scores_that_are_asked_for_have_to_be_there(tmp_path: Path) -> None:
     check_corpus(str(tmp_path), scores=False)
     with pytest.raises(ValueError, match=r"a\.parquet has no column of NSFW scores, named .*'punsafe'"):
         check_corpus(str(tmp_path), scores=True)
+    write(tmp_path / "a.parquet", {"url": ["u"], "caption": ["c"], "nsfw": ["safe"]})
+    with pytest.raises(ValueError, match=r"a\.parquet: none of the first 1 rows has an NSFW score that can be read"):
+        check_corpus(str(tmp_path), scores=True)
+
+
+@pytest.mark.parametrize("name", ["metadata/metadata_0.parquet", "text_emb/text_emb_0.npy"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    embeddings(tmp_path, {"0": (1, 1)})
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: not a regular file"):
+        precomputed(str(tmp_path))
 
 
 @pytest.mark.parametrize("status", [403, 500])
@@ -201,11 +215,15 @@ def test_embeddings_that_do_not_fit(tmp_path: Path) -> None:
 def test_embeddings_cut_short(tmp_path: Path) -> None:
     embeddings(tmp_path, {"0": (9, 9)})
     file = tmp_path / "text_emb/text_emb_0.npy"
-    file.write_bytes(file.read_bytes()[:-5])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match=r"text_emb_0\.npy is cut short: it has 195 of 200 bytes"):
         precomputed(str(tmp_path))
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"text_emb_0\.npy is not a readable \.npy file"):
+        precomputed(str(tmp_path))
+    file.write_bytes(whole.replace(b"(9, ", b"(-9,"))
+    with pytest.raises(ValueError, match=r"text_emb_0\.npy must hold rows of floats; it has shape \(-9"):
         precomputed(str(tmp_path))
     np.save(file, np.ones((9, 4), np.float16))
     (tmp_path / "metadata/metadata_0.parquet").write_text("no parquet")
@@ -217,6 +235,13 @@ def test_pickled_embeddings_are_refused(tmp_path: Path) -> None:
     embeddings(tmp_path, {"0": (1, 1)})
     np.save(tmp_path / "text_emb/text_emb_0.npy", np.array([[{}]], object), allow_pickle=True)
     with pytest.raises(ValueError, match="rows of floats"):
+        precomputed(str(tmp_path))
+
+
+def test_embeddings_of_another_name_are_not_passed_over(tmp_path: Path) -> None:
+    embeddings(tmp_path, {"0": (1, 1)})
+    (tmp_path / "text_emb/text_emb_0.npy").rename(tmp_path / "text_emb/text_emb_a.npy")
+    with pytest.raises(ValueError, match=r"text_emb_a\.npy: expected a name like text_emb_0\.npy"):
         precomputed(str(tmp_path))
 
 

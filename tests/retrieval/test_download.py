@@ -146,11 +146,14 @@ def test_private_addresses_are_never_asked(web: Web, tmp_path: Path) -> None:
 
 def test_several_processes(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrieval.download.FETCH_SHARD_ROWS", 4)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     urls = [f"image/{number}.png" for number in range(8)] + ["http://169.254.169.254/"]
     found = download(
         table(urls), tmp_path / "set", count=9, image_size=32, local=True, base_url=web.address, processes=2, threads=2
     )
     assert statuses(found) == ["success"] * 8 + ["refused"]
+    assert list((tmp_path / "tmp").iterdir()) == []  # of what img2dataset imports, in processes that are killed
 
 
 def test_failure_of_img2dataset_is_an_error_and_leaves_nothing(

@@ -198,6 +198,20 @@ def test_embeddings_of_another_model_are_refused(clip: ClipModel, tmp_path: Path
         build_index_from_embeddings(narrow, tmp_path / "other", clip=clip)
 
 
+def test_a_caption_of_many_rows_is_encoded_once(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def encode(texts: list[str]) -> np.ndarray:
+        asked.extend(texts)
+        return np.eye(3, dtype=np.float32)[[ord(text) - ord("a") for text in texts]]
+
+    captions = ["b", "a", "b", "c", "b"]
+    batch = pa.RecordBatch.from_pydict({"url": captions, "caption": captions})
+    index = build_index([batch], encode, tmp_path / "index")
+    assert asked == ["b", "a", "c"]
+    assert search(index, np.eye(3, dtype=np.float32)[[1]], 3)[1].tolist() == [[0, 2, 4]]
+
+
 def test_another_models_index_is_refused(clip: ClipModel, tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_pydict({"url": CAPTIONS, "caption": CAPTIONS})
     index = build_index([batch], clip.encode_text, tmp_path / "index", model="other")

@@ -73,6 +73,34 @@ def cut(file: Path) -> None:
         (lambda b: no_words(b / "tokenizer"), "tokenizer/: neither tokenizer.json nor vocab.json and"),
         (lambda b: change(b / "text_encoder/config.json", vocab_size=9), "knows 4575 words, .* has rows for 9"),
         (lambda b: change(b / "text_encoder/config.json", hidden_size=64), "192 wide, but text_encoder make 64"),
+        (lambda b: put(b / "model_index.json", "[" * 100_000), "model_index.json: cannot be read"),
+        (lambda b: change(b / "model_index.json", unet=["diffusers", ["x"]]), "names no unet"),
+        (lambda b: change(b / "model_index.json", _class_name="DiTPipeline"), "_class_name is 'DiTPipeline': only mod"),
+        (lambda b: change(b / "model_index.json", _class_name=None), "_class_name is None: only models of"),
+        *(
+            (
+                lambda b, side=side: change(b / "unet/config.json", sample_size=side),
+                "unet/.*: sample_size is .*, exp",
+            )
+            for side in (None, "8", 0, 10**9, [8, 8])
+        ),
+        (lambda b: change(b / "unet/config.json", layers_per_block=10**6), "unet/.*: layers_per_block is 1000000, exp"),
+        (
+            lambda b: change(b / "unet/config.json", transformer_layers_per_block=[1, [10**6]]),
+            "unet/.*: transformer_layers_per_block is 1000000",
+        ),
+        (
+            lambda b: change(b / "text_encoder/config.json", num_hidden_layers=10**6),
+            "text_encoder/.*: num_hid",
+        ),
+        (
+            lambda b: change(b / "text_encoder/config.json", model_type="t5"),
+            "text_encoder/.*: model_type is 't5'",
+        ),
+        (
+            lambda b: change(b / "scheduler/scheduler_config.json", prediction_type="flow"),
+            "prediction_type is 'flow', expected one of epsilon",
+        ),
         (lambda b: change(b / "unet/config.json", layers_per_block=3), "is missing in the weights, expected"),
         (lambda b: change(b / "model_index.json", text_encoder=[None, None]), "names no text_encoder"),
         (
