@@ -164,7 +164,7 @@ def check_output(study: Study, made: Sequence[Case]) -> None:
     """Raises: ValueError when tables and figures would go where images of concepts are read."""
     folder = Path(study.output).expanduser()
     for stage in (stage for case in made for stage in case.plan.of(Features)):
-        for image in list_images(stage.places.images):
+        for image in list_images(list(stage.places.images)):
             if os.path.realpath(image.parent) == os.path.realpath(folder):
                 raise ValueError(f"output: {folder} is the folder of {image}, which is read; give another folder")
 
