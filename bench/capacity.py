@@ -153,7 +153,7 @@ def main() -> None:
     def judged(deltas_of: Callable[[int], dict[str, torch.Tensor]]) -> dict[str, float]:
         """Means over the judged concepts, drawn with these changes and all tokens."""
         scores = []
-        for i, (sprite, own) in enumerate(zip(JUDGED, weights)):
+        for i, (sprite, own) in enumerate(zip(JUDGED, weights, strict=False)):
             asked = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
             with backbone.changed(deltas_of(i), tokens):
                 images = draw(
