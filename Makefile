@@ -25,3 +25,9 @@ lint: setup ## Check format, lint and types
 
 test: setup lint ## Run the tests
 	$(BIN)/pytest -q -n 2 --dist loadfile
+
+test-fast: setup ## Run the tests that are not marked slow
+	$(BIN)/pytest -q -n 2 --dist loadfile -m 'not slow'
+
+coverage: setup ## Run the tests and print the share of lines that ran (child processes are not counted)
+	$(BIN)/pytest -q -n 2 --dist loadfile --cov=pipeline --cov=ray_jobs --cov=retrieval --cov=training
