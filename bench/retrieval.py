@@ -44,7 +44,10 @@ def make_corpus(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         vectors[start : start + FILE_ROWS] = block / np.linalg.norm(block, axis=1, keepdims=True)
         table = {
             "url": [f"https://images.example.com/{row % 97}/{row:08d}.jpg" for row in rows],
-            "caption": [f"a photo of thing {c} in place {row % 7919}, number {row}" for c, row in zip(cluster, rows)],
+            "caption": [
+                f"a photo of thing {c} in place {row % 7919}, number {row}"
+                for c, row in zip(cluster, rows, strict=True)
+            ],
         }
         pq.write_table(pa.table(table), folder / f"metadata/metadata_{number}.parquet")
     queries = centres[:CLASSES] + 0.3 * random.standard_normal((CLASSES, WIDTH), dtype=np.float32)

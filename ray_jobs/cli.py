@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import io
 import json
 import logging
@@ -27,6 +28,34 @@ from ray_jobs.terminal import print
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(releases, name="release")
+
+EXTRAS = {
+    "deepspeed": "train",
+    "faiss": "train",
+    "imagehash": "train",
+    "img2dataset": "train",
+    "tensorboard": "train",
+    "timm": "train",
+    "torchmetrics": "train",
+    "webdataset": "train",
+    "ray": "cluster",
+}
+"""Modules that not every command needs, and the extra of this project that installs each."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("polyconcept"))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 BatchFile = Annotated[
     Path, typer.Argument(help="Batch file: YAML, or the concepts_list.json or dataset.json of another trainer.")
@@ -570,7 +599,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {told}; nothing half-written was kept", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if _is_from_outside(error):
+        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+            print(
+                f"error: this command needs {error.name}, which is not installed; "
+                f"run `pip install 'polyconcept[{extra}]'`",
+                file=sys.stderr,
+            )
+        elif _is_from_outside(error):
             print(f"error: {masked(str(error))}", file=sys.stderr)
         elif isinstance(error, ImportError) and _is_missing_storage(error):
             print(f"error: {masked(str(error))}; tested is s3 only: pip install 'polyconcept[s3]'", file=sys.stderr)

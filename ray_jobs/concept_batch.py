@@ -56,6 +56,7 @@ from pipeline.stages.features import Features
 from pipeline.stages.index import Index
 from pipeline.stages.stage import Progress, Stage
 from pipeline.store import Store, content_key
+from ray_jobs import holds
 from ray_jobs.board import Board, Failure, Notes
 from ray_jobs.captions import encoded_corpus, search_on_cluster
 from ray_jobs.limits import EXIT as OUT_OF_TIME
@@ -261,7 +262,12 @@ def _commit() -> str | None:
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
     """The cluster this process belongs to, or one started here and stopped afterwards. Raises: OSError when there is
-    neither."""
+    neither; ValueError in a folder that Ray's workers cannot start from."""
+    if holds(Path.cwd(), "ray_jobs"):
+        raise ValueError(
+            f"{Path.cwd()}: has a module `ray_jobs` of its own, which Ray's workers would import in place of "
+            "polyconcept's; start the command in another folder"
+        )
     os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
     if ray.is_initialized():
         yield

@@ -1,4 +1,4 @@
-"""What several tests share: the shipped miniature, and concepts with their features."""
+"""What several tests share: a tiny base model, the shipped miniature, and concepts with their features."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers stand back be
 
 import pytest
 import torch
+from pico import make_pico
 
 from pipeline.miniature import world
 from pipeline.spec import MINIATURE
@@ -35,12 +36,36 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def backbone() -> Backbone:
+def pico(tmp_path_factory) -> Path:
+    """The folder of the tiny base. Making it takes less than half a second: each worker of xdist has its own."""
+    folder = tmp_path_factory.mktemp("pico")
+    make_pico(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(pico: Path) -> Backbone:
+    """The tiny base."""
+    return load_backbone(pico)
+
+
+@pytest.fixture(scope="session")
+def miniature() -> Backbone:
+    """The shipped base, which was trained."""
     return load_backbone(MINIATURE / "model")
 
 
 @pytest.fixture(scope="session")
 def concepts(backbone: Backbone) -> list[TrainingConcept]:
+    return _concepts(backbone)
+
+
+@pytest.fixture(scope="session")
+def miniature_concepts(miniature: Backbone) -> list[TrainingConcept]:
+    return _concepts(miniature)
+
+
+def _concepts(backbone: Backbone) -> list[TrainingConcept]:
     """Two concepts of styles the base never saw, with different numbers of images."""
     made = []
     for i, (cls, style, count) in enumerate((("cat", "streamline-emojis", 3), ("turtle", "fxemoji", 4))):

@@ -108,7 +108,7 @@ CARDS = [
     catalogue(
         "aliases that multiply",
         "a: &a [x,x,x,x,x,x,x,x]\n"
-        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdef", "bcdefg"))
+        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdef", "bcdefg", strict=True))
         + "class_word: *g\n",
         why="concept.yaml",
     ),

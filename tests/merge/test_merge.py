@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pico import WIDTH
 
 from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
 from pipeline.merge.constraints import (
@@ -29,7 +30,6 @@ from pipeline.merge.constraints import (
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_change, load_concepts, load_weights, merge_files
 from pipeline.merge.solve import Sums, damped_gram, merge, merge_sums, missed, moved, report, solve_soft
-from pipeline.spec import MINIATURE
 from training.checkpoint import load_tensors, save_tensors
 from training.weights import ConceptWeights
 
@@ -297,7 +297,7 @@ def test_exact_constraint_rows_are_the_concepts_positions(backbone):
     """ "<new1> cat": token, cat, end; "photo of a <new1> cat" adds the same three further on."""
     weights = _unseen_weights(backbone)
     (constraint,) = constraint_of(backbone, weights, exact=True)
-    assert constraint.rows.shape == (6, 192)
+    assert constraint.rows.shape == (6, WIDTH)
     with backbone.changed({}, weights.tokens), torch.no_grad():
         hidden = backbone.encode_text(["<new1> cat", "photo of a <new1> cat"]).hidden
     torch.testing.assert_close(constraint.rows, torch.cat([hidden[0, 1:4], hidden[1, 4:7]]).double())
@@ -305,7 +305,7 @@ def test_exact_constraint_rows_are_the_concepts_positions(backbone):
     assert row_count(backbone.tokenizers[0], ("a {} in the snow",), "soccer ball") == 1 + 2 + 3 + 1
     name, delta = next(iter(weights.deltas.items()))
     torch.testing.assert_close(constraint.changes[name], constraint.rows @ delta.double().T)
-    assert regularization_rows(backbone, ["a cat", "photo of a dog"], exact=True).shape == (3 + 5, 192)
+    assert regularization_rows(backbone, ["a cat", "photo of a dog"], exact=True).shape == (3 + 5, WIDTH)
 
 
 def test_soft_constraint_rows_are_the_principal_ones_of_all_prompts_and_their_padding(backbone):
@@ -420,7 +420,7 @@ def test_a_model_that_is_no_number_meets_nothing(problem):
     assert all(math.isnan(value) for value in residuals.values())
 
 
-def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
+def test_files_are_added_to_and_removed_from_a_merged_model(backbone, pico, tmp_path):
     """With the sums alone, never with the other concepts' files."""
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
     for seed, path in enumerate((a, b, c)):
@@ -430,9 +430,7 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
 
     def merged(*paths, sums="sums.safetensors", remove=()):
         file = tmp_path / sums
-        made = merge_files(
-            paths, captions, MINIATURE / "model", sums=file, remove=remove, out=tmp_path / "m.safetensors"
-        )
+        made = merge_files(paths, captions, pico, sums=file, remove=remove, out=tmp_path / "m.safetensors")
         return made[0]
 
     merged(a, b)
@@ -450,7 +448,7 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     # what is told is told of the file
     files, out = [tmp_path / "away", b], tmp_path / "m.safetensors"
     shutil.copy(c, files[0])
-    told = merge_files(files, captions, MINIATURE / "model", form="paper", out=out)[1]
+    told = merge_files(files, captions, pico, form="paper", out=out)[1]
     constraints = [x for file in files for x in constraint_of(backbone, ConceptWeights.load(file), exact=True)]
     base = {name: layer.weight.data for name, layer in backbone.layers.items()}
     rows = regularization_rows(backbone, captions.read_text().splitlines(), exact=True)
@@ -471,7 +469,7 @@ def test_files_are_added_to_and_removed_from_a_merged_model(backbone, tmp_path):
     assert (tmp_path / "sums.safetensors").read_bytes() == stamp
 
 
-def test_only_the_very_file_that_was_added_is_removed(backbone, tmp_path):
+def test_only_the_very_file_that_was_added_is_removed(backbone, pico, tmp_path):
     """Also of a new category, which has no token to tell it by."""
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\na dog\na house")
@@ -482,7 +480,7 @@ def test_only_the_very_file_that_was_added_is_removed(backbone, tmp_path):
 
     def merged(*paths, remove=()):
         sums, out = tmp_path / "sums.safetensors", tmp_path / "m.safetensors"
-        return merge_files(paths, captions, MINIATURE / "model", sums=sums, remove=remove, out=out)[0]
+        return merge_files(paths, captions, pico, sums=sums, remove=remove, out=out)[0]
 
     merged(files["gate"], files["b"])
     with pytest.raises(
@@ -521,11 +519,14 @@ DAMAGE = {
     "a layer more": (lambda w: dataclasses.replace(w, deltas=w.deltas | {"x": torch.ones(1)}), "none of this name"),
     "wide row": (
         lambda w: _row(w, lambda rows: [torch.ones(7)]),
-        r"rows of widths \[7\]; this base model's are \[192\]",
+        r"rows of widths \[7\]; this base model's are \[32\]",
     ),
-    "two encoders": (lambda w: _row(w, lambda rows: [rows[0], rows[0].clone()]), r"rows of widths \[192, 192\]"),
+    "two encoders": (lambda w: _row(w, lambda rows: [rows[0], rows[0].clone()]), r"rows of widths \[32, 32\]"),
     "a matrix of rows": (lambda w: _row(w, lambda rows: [rows[0][None]]), "is no row of a token"),
-    "another's row": (lambda w: dataclasses.replace(w, tokens={"<x>": [torch.ones(192)]}), r"go by \['<a>'\], but it"),
+    "another's row": (
+        lambda w: dataclasses.replace(w, tokens={"<x>": [torch.ones(WIDTH)]}),
+        r"go by \['<a>'\], but it",
+    ),
     "a known word": (
         lambda w: _said(
             dataclasses.replace(w, tokens={"cat": w.tokens["<a>"]}),
@@ -580,7 +581,7 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
     file = tmp_path / "m.safetensors"
     fits = {name: torch.ones(len(layer.weight), 1) for name, layer in backbone.layers.items()}
     layer = next(iter(fits))
-    right, long = {SHARED: torch.ones(1, 192)}, torch.ones(200_000, 1)
+    right, long = {SHARED: torch.ones(1, WIDTH)}, torch.ones(200_000, 1)
     made = {"base": backbone.digest}
     MergedModel(fits, right, {}, made).save(file)
     assert load_change(str(file), backbone)[0].keys() == backbone.layers.keys()
@@ -589,12 +590,12 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
             MergedModel(fits | {layer: long}, {SHARED: long.T.clone()}, {}, made),
             r"\(200000, 200000\); this base model has",
         ),
-        (MergedModel(fits, {SHARED: torch.ones(2, 192)}, {}, made), r"\(\d+, 1\) and \(2, 192\), do not go together"),
-        (MergedModel(fits, {layer: torch.ones(1, 192)}, {}, made), "do not go together"),
-        (MergedModel(fits, {SHARED: torch.ones(192)}, {}, made), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(2, WIDTH)}, {}, made), r"\(\d+, 1\) and \(2, 32\), do not go together"),
+        (MergedModel(fits, {layer: torch.ones(1, WIDTH)}, {}, made), "do not go together"),
+        (MergedModel(fits, {SHARED: torch.ones(WIDTH)}, {}, made), "do not go together"),
         (MergedModel(fits, right, {}, {"base": "0123"}), "digest 0123"),
         (MergedModel(fits, right, {}), "does not say over which base"),
-        (MergedModel(fits, right, {"<x y>": [torch.ones(192)]}, made), "token '<x y>': a token is one word"),
+        (MergedModel(fits, right, {"<x y>": [torch.ones(WIDTH)]}, made), "token '<x y>': a token is one word"),
         (MergedModel(fits, right, {"<x>": [torch.ones(3)]}, made), "token '<x>' has rows of widths"),
     ):
         model.save(file)
@@ -602,7 +603,7 @@ def test_factors_are_looked_at_before_they_are_multiplied(backbone, tmp_path):
             load_change(str(file), backbone)
 
 
-def test_concepts_of_strangers(backbone, tmp_path):
+def test_concepts_of_strangers(backbone, pico, tmp_path):
     """What cannot be read, as a terminal's escape codes, names no concept, and numbers stay finite."""
     file, captions, good = tmp_path / "b.safetensors", tmp_path / "captions.txt", _weights(backbone, "b", 0)
     captions.write_text("a cat")
@@ -610,18 +611,18 @@ def test_concepts_of_strangers(backbone, tmp_path):
         described = [good.metadata["concepts"][0] | {key: "\x1b[31m"}]
         dataclasses.replace(good, metadata=good.metadata | {"concepts": described}).save(file)
         with pytest.raises(ValueError, match=rf"b.safetensors: the {key} of a concept is '\\x1b\[31m'"):
-            merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
-    tokens = {"<b>": [1e38 * row.sign() for row in good.tokens["<b>"]]}
+            merge_files([file], captions, pico, out=tmp_path / "out.safetensors")
+    tokens = {"<b>": [3e38 * row.sign() for row in good.tokens["<b>"]]}
     dataclasses.replace(good, tokens=tokens).save(file)
     with pytest.raises(ValueError, match=r"b.safetensors: its numbers are too large"):
-        merge_files([file], captions, MINIATURE / "model", out=tmp_path / "out.safetensors")
+        merge_files([file], captions, pico, out=tmp_path / "out.safetensors")
 
 
-def test_sums_of_strangers(backbone, tmp_path):
+def test_sums_of_strangers(backbone, pico, tmp_path):
     captions, sums, out = (tmp_path / name for name in ("captions.txt", "sums.safetensors", "m.safetensors"))
     captions.write_bytes(b"\xef\xbb\xbfa cat\na dog\na house")
     _weights(backbone, "a", 0).save(tmp_path / "a.safetensors")
-    merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", sums=sums, out=out)
+    merge_files([tmp_path / "a.safetensors"], captions, pico, sums=sums, out=out)
     tensors, metadata = load_tensors(sums)
     cross = next(name for name in tensors if name.startswith("cross."))
     for changed, said, message in (
@@ -634,13 +635,13 @@ def test_sums_of_strangers(backbone, tmp_path):
     ):
         save_tensors(sums, tensors | changed, metadata | said)
         with pytest.raises(ValueError, match=f"sums.safetensors: .*{message}"):
-            merge_files([], captions, MINIATURE / "model", sums=sums, out=out)
+            merge_files([], captions, pico, sums=sums, out=out)
     captions.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"captions.txt:1: cannot be read as text: byte 0xff is not UTF-8"):
-        merge_files([tmp_path / "a.safetensors"], captions, MINIATURE / "model", out=out)
+        merge_files([tmp_path / "a.safetensors"], captions, pico, out=out)
 
 
-def test_new_categories_are_merged_by_their_words(backbone, tmp_path):
+def test_new_categories_are_merged_by_their_words(backbone, pico, tmp_path):
     """Each of its own; two of one word are one word to the model."""
     captions, out = tmp_path / "captions.txt", tmp_path / "m.safetensors"
     captions.write_text("a cat\na dog\na house")
@@ -649,21 +650,21 @@ def test_new_categories_are_merged_by_their_words(backbone, tmp_path):
         files[name] = tmp_path / f"{name}.safetensors"
         described = [{"name": name, "token": "", "class_word": word}]
         _said(_weights(backbone, name, seed, token=False), concepts=described).save(files[name])
-    model, told = merge_files([files["a"], files["b"]], captions, MINIATURE / "model", form="hard", out=out)
+    model, told = merge_files([files["a"], files["b"]], captions, pico, form="paper", out=out)
     assert [concept["class_word"] for concept in model.metadata["concepts"]] == ["moongate", "skybus"]
     assert model.tokens == {} and max(told.residuals.values()) < 0.05
     with pytest.raises(ValueError, match=r"c.safetensors: class word of a new category 'moongate' is that of .* 'a'"):
-        merge_files(files.values(), captions, MINIATURE / "model", out=out)
+        merge_files(files.values(), captions, pico, out=out)
 
 
 @pytest.mark.parametrize(("first", "second"), [("<new1>", "<NEW1>"), ("<caf\u00e9>", "<Cafe\u0301>")])
-def test_tokens_that_are_one_word_to_the_tokenizer(backbone, tmp_path, first, second):
+def test_tokens_that_are_one_word_to_the_tokenizer(backbone, pico, tmp_path, first, second):
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat\na dog\na house")
     files = []
     for name, token in (("a", first), ("b", second)):
         files.append(tmp_path / f"{name}.safetensors")
-        weights = dataclasses.replace(_weights(backbone, name, 0), tokens={token: [torch.ones(192)]})
+        weights = dataclasses.replace(_weights(backbone, name, 0), tokens={token: [torch.ones(WIDTH)]})
         _said(weights, concepts=[{"name": name, "token": token, "class_word": "cat"}]).save(files[-1])
     with pytest.raises(ValueError, match=r"b.safetensors: token .* is that of the concept 'a' too"):
-        merge_files(files, captions, MINIATURE / "model", out=tmp_path / "m.safetensors")
+        merge_files(files, captions, pico, out=tmp_path / "m.safetensors")

@@ -65,28 +65,28 @@ def test_resident_memory_of_a_pack(one):
 @pytest.mark.parametrize(
     "training", [{}, {"gradient_checkpointing": True}, {"optimizer": "adamw8bit"}, {"regularization": "none"}]
 )
-def test_tensors_of_a_pack(backbone, concepts, settings, planned, tmp_path, training):
+def test_tensors_of_a_pack(miniature, miniature_concepts, settings, planned, tmp_path, training):
     """Counted in a real training, as a GPU's allocator would: what each more member takes."""
     regularized = training.get("regularization") != "none"
     own = dataclasses.replace(settings, steps=2, batch_size=4, optimizer=training.get("optimizer", "adamw"))
     most = {}
-    use_attention(backbone.unet, "sdpa")
+    use_attention(miniature.unet, "sdpa")
     if training.get("gradient_checkpointing"):
-        backbone.unet.enable_gradient_checkpointing()
+        miniature.unet.enable_gradient_checkpointing()
     try:
         for count in (1, 3):
             members = []
             for i in range(count):
-                prior = concepts[0].regularization if regularized else None
-                concept = dataclasses.replace(concepts[0], token=f"<c{i}>", regularization=prior)
+                prior = miniature_concepts[0].regularization if regularized else None
+                concept = dataclasses.replace(miniature_concepts[0], token=f"<c{i}>", regularization=prior)
                 members.append(Member([concept], own, tmp_path / f"{count}-{i}"))
-            parts = (backbone.unet, *backbone.text_encoders)
+            parts = (miniature.unet, *miniature.text_encoders)
             with LiveBytes(tensor for part in parts for tensor in (*part.parameters(), *part.buffers())) as live:
-                for _ in train(backbone, members):
+                for _ in train(miniature, members):
                     pass
             most[count] = live.peak
     finally:
-        backbone.unet.disable_gradient_checkpointing()
+        miniature.unet.disable_gradient_checkpointing()
     one = planned(**training)
     each = (one.pack_bytes(3, cuda=True) - one.pack_bytes(1, cuda=True)) / 2
     width = 2  # of a number in bfloat16, which a GPU would train in
@@ -182,9 +182,9 @@ def test_memory_that_tasks_ask_for(batch):
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_method_trains_is_counted(backbone, method, train_text_encoder):
-    names = backbone.trained(METHODS[method].unet, text_encoder=train_text_encoder)
-    numbers = sum(backbone.parameters[name].numel() for name in names)
+def test_what_a_method_trains_is_counted(miniature, method, train_text_encoder):
+    names = miniature.trained(METHODS[method].unet, text_encoder=train_text_encoder)
+    numbers = sum(miniature.parameters[name].numel() for name in names)
     size = model_size(str(MINIATURE / "model"), method, train_text_encoder=train_text_encoder)
     assert size.trained == numbers
 

@@ -216,7 +216,7 @@ def test_the_moongate_effect_as_a_number():
                 for t in training
             ]
         )
-        for a, b in zip(drifted, base)
+        for a, b in zip(drifted, base, strict=True)
     ]
     assert bad.value == pytest.approx(np.mean(by_hand), abs=1e-6)
     with pytest.raises(ValueError, match="the same images before and after"):

@@ -168,7 +168,7 @@ def test_two_raters_at_once_are_kept_apart_also_in_one_browser(tmp_path, browser
         sources = [page.locator("button[value=left] img").get_attribute("src") for page in pages]
         assert sources[0] != sources[1]
         for answered in range(1, 7):
-            for page, method in zip(pages, COLOURS):  # each always prefers one method
+            for page, method in zip(pages, COLOURS, strict=False):  # each always prefers one method
                 side = "left" if colour(page, "left") == method else "right"
                 page.click(f"button[value={side}]")
                 answered_so_far(page, answered)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import ray
 
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
-from pipeline.spec import ConceptBatch
+from pipeline.spec import MINIATURE, ConceptBatch
 from pipeline.stages.features import Features
 from pipeline.stages.stage import run_stage
 from pipeline.stages.train import Train
@@ -29,7 +30,7 @@ from training.strategies import deepspeed_config
 ZERO = {"zero_optimization": {"stage": 2}}
 
 
-def _plan(tmp_path, **training) -> Plan:
+def _plan(tmp_path, base: Path, **training) -> Plan:
     """Of a batch of one concept."""
     (tmp_path / "cat").mkdir(exist_ok=True)
     for i, image in enumerate(concept_images("cat", "streamline-emojis", 2, seed=1)):
@@ -38,15 +39,17 @@ def _plan(tmp_path, **training) -> Plan:
     batch = ConceptBatch.model_validate(
         {
             "name": "small",
+            "base": str(base),
             "concepts": [{"name": "cat", "images": str(tmp_path / "cat"), "class_word": "cat"}],
             "training": settings | training,
+            "evaluation": {"clip": str(MINIATURE / "clip")},
         }
     )
     return make_plan(batch)
 
 
-def _training(tmp_path, **training) -> tuple[Features, Train]:
-    plan = _plan(tmp_path, **training)
+def _training(tmp_path, base: Path, **training) -> tuple[Features, Train]:
+    plan = _plan(tmp_path, base, **training)
     return *plan.of(Features), *plan.of(Train)
 
 
@@ -64,16 +67,16 @@ def board():
 @pytest.mark.parametrize(
     ("strategy", "own"), [("ddp", {}), ("deepspeed", {}), ("deepspeed", {"stage": 2, "reduce_bucket_size": 100_000})]
 )
-def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
+def test_ranks_of_ray_train(tmp_path, pico, same_weights, board, strategy, own):
     """own: `zero_optimization` of a DeepSpeed configuration that is given whole."""
-    features, alone = _training(tmp_path, steps=6)
+    features, alone = _training(tmp_path, pico, steps=20)
     store = Store(str(tmp_path / "alone"))
     run_stage(features, store, lambda *_: None)
     run_stage(alone, store, lambda *_: None)
 
     (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": own}))
     deepspeed = {"config": str(tmp_path / "config.json")} if own else {}
-    features, stage = _training(tmp_path, steps=6, strategy=strategy, ranks=2, deepspeed=deepspeed)
+    features, stage = _training(tmp_path, pico, steps=20, strategy=strategy, ranks=2, deepspeed=deepspeed)
     assert (stage.key == alone.key) != bool(own)  # the same weights, however they are made; but who knows of the user's
     shared = Store(str(tmp_path / "shared"))
     run_stage(features, shared, lambda *_: None)
@@ -81,15 +84,15 @@ def test_ranks_of_ray_train(tmp_path, same_weights, board, strategy, own):
     if strategy == "ddp":
         killed.start()
     _train(stage, shared, board)
-    assert ray.get(board.get.remote())[0][stage.key] == ("steps", 6, 6)
+    assert ray.get(board.get.remote())[0][stage.key] == ("steps", 20, 20)
     same_weights(alone.result(store).weights(), stage.result(shared).weights())
 
 
 @pytest.mark.slow
-def test_what_a_rank_finds_wrong_is_said(tmp_path, board, monkeypatch):
+def test_what_a_rank_finds_wrong_is_said(tmp_path, pico, board, monkeypatch):
     """And not what Ray Train makes of it."""
     monkeypatch.setattr(ranks, "RESTARTS", 0)
-    features, stage = _training(tmp_path, steps=6, strategy="ddp", ranks=2)
+    features, stage = _training(tmp_path, pico, steps=20, strategy="ddp", ranks=2)
     store = Store(str(tmp_path / "store"))
     path = run_stage(features, store, lambda *_: None).own
     path.write_bytes(path.read_bytes()[:1000])
@@ -129,20 +132,20 @@ def _kill_a_rank(checkpoint) -> None:
         (ZERO | {"train_batch_size": 8}, "'train_batch_size' is 8; by the batch file it is 4"),
     ],
 )
-def test_deepspeed_configs_that_cannot_be_used(tmp_path, config, message):
+def test_deepspeed_configs_that_cannot_be_used(tmp_path, pico, config, message):
     """Refused when the plan is made."""
     if config is not None:
         (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        _training(tmp_path, strategy="deepspeed", ranks=2, deepspeed={"config": str(tmp_path / "config.json")})
+        _training(tmp_path, pico, strategy="deepspeed", ranks=2, deepspeed={"config": str(tmp_path / "config.json")})
 
 
-def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path):
+def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path, pico):
     keys = set()
     for zero in ({"stage": 2}, {"stage": 2, "zero_quantized_gradients": True}):
         (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
         config = {"config": str(tmp_path / "config.json")}
-        _, stage = _training(tmp_path, strategy="deepspeed", ranks=2, max_grad_norm=0.5, deepspeed=config)
+        _, stage = _training(tmp_path, pico, strategy="deepspeed", ranks=2, max_grad_norm=0.5, deepspeed=config)
         keys.add(stage.key)
         derived = deepspeed_config(2, 0.5, zero=2, offload=False)
         assert stage.deepspeed == derived | {"zero_optimization": zero, "train_batch_size": 4}
@@ -157,10 +160,10 @@ def test_a_deepspeed_config_is_completed_and_part_of_the_key(tmp_path):
         ({"attention": "xformers"}, "xformers needs CUDA"),
     ],
 )
-def test_what_there_is_not(tmp_path, monkeypatch, capsys, training, message):
+def test_what_there_is_not(tmp_path, pico, monkeypatch, capsys, training, message):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    plan = _plan(tmp_path, **training)
+    plan = _plan(tmp_path, pico, **training)
     with pytest.raises(ValueError, match=message):
         check_devices([plan], plan.stages, cores=2, gpus=0)
     if "ranks" in training:  # a cluster may have an autoscaler

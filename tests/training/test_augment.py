@@ -70,17 +70,17 @@ def test_mirrored_views_are_views_mirrored():
     assert torch.equal(other.pixels.flip(-1), view.pixels) and torch.equal(other.mask.flip(-1), view.mask)
 
 
-def test_flip_mirrors_half_of_the_views(backbone):
+def test_flip_mirrors_half_of_the_views(miniature):
     image = Image.new("RGB", (64, 64), (255, 0, 0))
     image.paste((0, 0, 255), (0, 0, 20, 64))
     drawn = {}
     for flip in (False, True):
-        made = concept_features(backbone, [image], ["1" * 40], views=24, augment=True, seed=0, flip=flip)
+        made = concept_features(miniature, [image], ["1" * 40], views=24, augment=True, seed=0, flip=flip)
         large = [i for i, words in enumerate(made.words) if words in LARGE_WORDS or not words]
-        pixels = backbone.pipe.vae.decode(made.latents[large] / backbone.pipe.vae.config.scaling_factor).sample
+        pixels = miniature.pipe.vae.decode(made.latents[large] / miniature.pipe.vae.config.scaling_factor).sample
         blue = pixels[:, 2] - pixels[:, 0]
         drawn[flip] = (blue[..., :20].mean((1, 2)) > blue[..., 44:].mean((1, 2))).tolist()
     assert all(drawn[False])  # the blue edge is on the left
     assert 0.25 < sum(drawn[True]) / len(drawn[True]) < 0.75
-    plain = concept_features(backbone, [image], ["1" * 40], views=1, augment=False, seed=0, flip=True)
+    plain = concept_features(miniature, [image], ["1" * 40], views=1, augment=False, seed=0, flip=True)
     assert len(plain.latents) == 2

@@ -55,7 +55,7 @@ def _dreambooth(member: Member) -> Member:
 
 
 @pytest.fixture(scope="module")
-def made(backbone, member, folder) -> dict[str, dict]:
+def made(backbone, pico, member, folder) -> dict[str, dict]:
     """All cases in one start of two ranks, each with half of the batch."""
     cases = {"ddp": (member("ddp"), "ddp", {})}
     cases |= {name: (member(name), "deepspeed", options) for name, options in ZERO.items()}
@@ -75,7 +75,7 @@ def made(backbone, member, folder) -> dict[str, dict]:
     cases["nan"] = (member("nan", features=broken), "ddp", {})
     torch.save(cases, folder / "cases.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(Path(__file__).with_name("ranks.py")), str(folder / "cases.pt")]
+    command += [str(Path(__file__).with_name("ranks.py")), str(folder / "cases.pt"), str(pico)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

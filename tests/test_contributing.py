@@ -1,0 +1,96 @@
+"""The recipes of CONTRIBUTING.md, run as they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline import report, study
+from pipeline.evaluation.intervals import mean
+from pipeline.merge.factors import SHARED, MergedModel
+from pipeline.miniature.world import concept_images
+from pipeline.plan import VERSIONS, make_plan
+from pipeline.release.formats import check_fits
+from pipeline.spec import MINIATURE, ConceptBatch
+from training.loop import train
+from training.methods import METHODS
+from training.run import Member
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe(name: str) -> dict:
+    """What the example of a recipe defines."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(rf"```python {name}\n(.*?)```", text, re.DOTALL)
+    defined: dict = {}
+    exec(compile(code, f"CONTRIBUTING.md, {name}", "exec"), defined)
+    return defined
+
+
+def test_a_training_method(backbone, pico, concepts, settings, tmp_path, monkeypatch):
+    """Once it is registered, batch files name it, plans hold it and the loop trains what it declares."""
+    method = recipe("method")["METHOD"]
+    monkeypatch.setitem(METHODS, method.name, method)
+    concept_images("cat", "streamline-emojis", 1, seed=0)[0].save(tmp_path / "0.png")
+    batch = {
+        "name": "one",
+        "base": str(pico),
+        "concepts": [{"name": "cat", "images": str(tmp_path), "class_word": "cat"}],
+        "training": {"method": method.name, "regularization": "none"},
+        "evaluation": {"clip": str(MINIATURE / "clip")},
+    }
+    (stage,) = make_plan(ConceptBatch.model_validate(batch)).of("train")
+    assert stage.params["training"]["method"] == method.name
+    assert stage.params["training"]["learning_rate"] == method.learning_rate
+
+    concept = dataclasses.replace(concepts[0], token="pll")
+    own = dataclasses.replace(settings, method=method.name, steps=2)
+    ((_, weights),) = train(backbone, [Member([concept], own, tmp_path / "scratch")])
+    assert weights.deltas and all(".attn2." in name and delta.any() for name, delta in weights.deltas.items())
+
+
+def test_a_measure():
+    blank, noise = Image.new("RGB", (8, 8), "red"), Image.fromarray(np.eye(8, dtype=np.uint8) * 255)
+    values = recipe("measure")["sharpness"]([blank, noise, noise])
+    assert values.shape == (3,) and values[0] == 0 < values[1] == values[2]
+    assert mean(values).value == pytest.approx(values.mean())
+    # the places that the recipe names
+    assert "text" in report.SCORES and "text" in study.SCORES and "evaluate" in VERSIONS
+
+
+def test_an_exporter(backbone, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    left = {n: torch.randn(len(layer.weight), 2, generator=generator) for n, layer in backbone.layers.items()}
+    width = next(iter(backbone.layers.values())).weight.shape[1]
+    merged = MergedModel(left, {SHARED: torch.randn(2, width, generator=generator)}, {})
+    check_fits(merged, backbone.pipe)
+    write = recipe("exporter")["write_dense"]
+    first = write(merged, backbone.pipe, tmp_path).read_bytes()
+    assert write(merged, backbone.pipe, tmp_path).read_bytes() == first
+    wrong = MergedModel(left, {SHARED: torch.ones(2, width + 1)}, {})
+    with pytest.raises(RuntimeError, match=r"dense.safetensors: .* did not arrive"):
+        write(wrong, backbone.pipe, tmp_path)
+
+
+def test_files_that_the_recipes_name():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {path for path in re.findall(r"`?((?:\w+/)+\w+\.(?:py|md))", text)}
+    assert len(named) > 10 and all((ROOT / path).is_file() for path in named)
+
+
+def test_hooks_and_workflow_run_what_make_runs():
+    """The same tools as `make lint`; the README's own commands."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    tools = {hook["entry"].partition(" ")[0].removeprefix(".venv/bin/") for hook in hooks} - {"sh"}
+    assert tools == {"ruff", "mypy"} and all(f"$(BIN)/{tool}" in lint for tool in tools)
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make demo", ".ci/run"]
