@@ -24,8 +24,8 @@ from botocore.exceptions import NoCredentialsError
 from command import run
 from hub import Hub
 from PIL import Image
-from pipeline.estimate import Device
 
+from pipeline.cost.estimate import Device
 from pipeline.miniature.world import concept_images
 from pipeline.release.publish import publish
 from pipeline.release.versions import promote
