@@ -351,23 +351,18 @@ def test_regularization_rows_hold_what_every_image_attends_to(backbone):
     torch.testing.assert_close(rows, torch.cat(parts))
 
 
-def test_the_soft_merge_moves_the_empty_prompt_less_than_the_papers(backbone):
-    """And is nearer to its concepts on prompts that neither was held to."""
-    captions = [
-        f"{form} {word}" for word in ("cat", "dog", "house", "tree", "car", "bus") for form in ("a", "photo of a")
-    ]
-    weights = [_weights(backbone, name, seed) for seed, name in enumerate(("one", "two", "three"))]
-    base = {name: layer.weight.data for name, layer in backbone.layers.items()}
-    empty = held_out_rows(backbone)["empty"]
-    found = {}
-    for form in ("paper", "soft"):
-        exact = form == "paper"
-        constraints = [c for each in weights for c in constraint_of(backbone, each, exact=exact)]
-        rows = regularization_rows(backbone, captions, exact=exact)
-        model, _ = merge(constraints, rows, base, form=form, max_drift=0.3)
-        errors = [missed(model, part) for each in weights for parts in unseen_of(backbone, each) for part in parts]
-        found[form] = moved(model, empty, base), max(errors)
-    assert found["soft"] < found["paper"] and found["soft"][1] < found["paper"][1], found
+def test_the_empty_prompt_moves_less_where_it_is_among_the_captions(miniature):
+    """At the same drift of the captions' words."""
+    captions = [f"{form} {word}" for word in ("cat", "dog", "house", "tree", "car") for form in ("a", "photo of a")]
+    weights = [_weights(miniature, name, seed) for seed, name in enumerate(("one", "two", "three"))]
+    constraints = [c for each in weights for c in constraint_of(miniature, each)]
+    base = {name: layer.weight.data for name, layer in miniature.layers.items()}
+    held_out, found = held_out_rows(miniature), {}
+    for exact in (True, False):
+        rows = regularization_rows(miniature, captions, exact=exact)
+        model, _ = merge(constraints, rows, base, max_drift=0.2)
+        found[exact] = moved(model, held_out["empty"], base) / moved(model, held_out["words"], base)
+    assert found[False] < 0.8 * found[True], found
 
 
 def test_what_is_missed_and_moved_is_a_share(problem):
