@@ -372,6 +372,44 @@ def _work(
     return failures
 
 
+@dataclass(frozen=True)
+class _Cluster:
+    """GPUs and CPU cores, and the nodes that have them."""
+
+    gpus: int
+    cores: int
+    nodes: list[dict[str, Any]]
+
+    @classmethod
+    def found(cls) -> _Cluster:
+        resources = ray.cluster_resources()
+        return cls(int(resources.get("GPU", 0)), int(resources.get("CPU", 1)), _nodes())
+
+    @property
+    def devices(self) -> int:
+        return self.gpus or len(self.nodes)
+
+    def smallest(self, resource: str) -> int:
+        """Of a node."""
+        return int(min(node["Resources"].get(resource, 0) for node in self.nodes))
+
+    def together(self, ranks: int) -> int:
+        """Trainings of so many ranks that there are devices for at a time."""
+        return max(1, self.devices // ranks)
+
+    def cpus_of(self, stage: Stage[Any]) -> int:
+        """Cores of the process that does a stage, or of each of its ranks."""
+        most, ranks = max(1, self.smallest("CPU")), stage.ranks
+        if self.gpus or not (ranks or stage.on_device):
+            return 1
+        if not ranks:
+            return max(1, most // stage.at_once)
+        cpus = max(1, min(most, self.cores // (self.together(ranks) * ranks)))
+        while cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in self.nodes) < ranks:
+            cpus -= 1
+        return cpus
+
+
 def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) -> list[str]:
     """Do what there is to do, of all plans at once; returns what failed, where it failed first.
 
@@ -382,60 +420,23 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
     same_code = SameCode(code_here()) if os.environ.get("RAY_ADDRESS") else None  # a machine is the same as itself
     if same_code:
         same_code.check(seconds=60)
-    plan_of = {stage.key: plan for plan in plans for stage in plan}
     asked = {stage.key: stage for plan in plans for stage in plan}  # each once: plans share many
     todo = [stage for stage in asked.values() if not stage.is_in(store)]
-    resources, nodes = ray.cluster_resources(), _nodes()
-    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    most = int(min(node["Resources"].get("CPU", 1) for node in nodes))
-    smallest = int(min(node["Resources"].get("memory", 0) for node in nodes))
-    devices = gpus or len(nodes)
+    cluster = _Cluster.found()
     jobs: list[tuple[Stage[Any], ...]] = []
-    smallest_device = functools.cache(lambda: _device(nodes, limits))
+    smallest_device = functools.cache(lambda: _device(cluster.nodes, limits))
     for kind in STAGES:  # each reads only results of those before it
         same = [stage for stage in todo if type(stage) is kind]
-        jobs += kind.jobs(same, devices, smallest_device)
-    check_devices(plans, todo, cores, gpus)
+        jobs += kind.jobs(same, cluster.devices, smallest_device)
+    check_devices(plans, todo, cluster.cores, cluster.gpus)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside this process: other nodes may go away
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": len(jobs) + 1000}
     # begun anew when its process is lost, with what waits in it: it shows how far things are, no more
     anew = {"max_restarts": -1, "max_task_retries": -1}
     board = ray.remote(Board).options(**options, **anew).remote()
-    work = ray.remote(_work)
-    # a new process for each task, as `options(num_gpus=1)` would not have it: a used one stays on the GPU it saw first
-    on_gpu = ray.remote(num_gpus=1)(_work)
-    outcomes: dict[str, Any] = {}
-    waiting: list[Any] = []
-    for stages in jobs:
-        first, ranks = stages[0], stages[0].ranks
-        needs = {outcomes[source.key] for stage in stages for source in stage.inputs if source.key in outcomes}
-        waits = first.waits(devices)
-        memory, cpus = 0, 1
-        if ranks:
-            at_once = max(1, devices // ranks)
-            cpus = 1 if gpus else max(1, min(most, cores // (at_once * ranks)))
-            if len(waiting) >= at_once:
-                needs.add(waiting[-at_once])  # no more at a time than there are devices for
-        elif not gpus:
-            memory = 0 if waits else min(smallest, stage_bytes(plan_of[first.key], stages))
-            cpus = max(1, most // first.at_once) if first.on_device else 1
-        while ranks and cpus > 1 and sum(int(node["Resources"]["CPU"]) // cpus for node in nodes) < ranks:
-            cpus -= 1
-        ref = (
-            (on_gpu if gpus and first.on_device and not waits else work)
-            .options(
-                num_cpus=0 if waits else cpus,
-                memory=memory or None,
-                max_retries=2,
-                name=" ".join([first.kind, *(stage.name for stage in stages)]),
-            )
-            .remote(stages, store.root, board, Share(cpus, bool(gpus), devices), *needs)
-        )
-        # one that is lost is not to sink what waits for others, too
-        ref = board.ended.remote([stage.key for stage in stages], [ref])
-        outcomes |= {stage.key: ref for stage in stages}
-        waiting += [ref] if ranks else []
+    plan_of = {stage.key: plan for plan in plans for stage in plan}
+    outcomes = _start(jobs, plan_of, cluster, store, board)
     report = functools.partial(trainings_ended, plans[0].batch.name, store=store)
 
     def check() -> None:
@@ -443,7 +444,45 @@ def run_stages(plans: Sequence[Plan], store: Store, limits: Limits = NO_LIMITS) 
         if same_code:
             same_code.check()
 
-    failures = _follow(jobs, outcomes, board, report, check)
+    return _told(jobs, store, _follow(jobs, outcomes, board, report, check))
+
+
+def _start(
+    jobs: Sequence[tuple[Stage[Any], ...]], plan_of: dict[str, Plan], cluster: _Cluster, store: Store, board: Any
+) -> dict[str, Any]:
+    """A task for each job, that waits for the tasks of its inputs. Returns: stage key -> reference to how it ended."""
+    work = ray.remote(_work)
+    # a new process for each task, as `options(num_gpus=1)` would not have it: a used one stays on the GPU it saw first
+    on_gpu = ray.remote(num_gpus=1)(_work)
+    outcomes: dict[str, Any] = {}
+    waiting: list[Any] = []
+    for stages in jobs:
+        first = stages[0]
+        needs = {outcomes[source.key] for stage in stages for source in stage.inputs if source.key in outcomes}
+        waits, cpus, memory = first.waits(cluster.devices), cluster.cpus_of(first), 0
+        if first.ranks and len(waiting) >= (at_once := cluster.together(first.ranks)):
+            needs.add(waiting[-at_once])  # no more at a time than there are devices for
+        if not (cluster.gpus or waits):
+            memory = min(cluster.smallest("memory"), stage_bytes(plan_of[first.key], stages))
+        ref = (
+            (on_gpu if cluster.gpus and first.on_device and not waits else work)
+            .options(
+                num_cpus=0 if waits else cpus,
+                memory=memory or None,
+                max_retries=2,
+                name=" ".join([first.kind, *(stage.name for stage in stages)]),
+            )
+            .remote(stages, store.root, board, Share(cpus, bool(cluster.gpus), cluster.devices), *needs)
+        )
+        # one that is lost is not to sink what waits for others, too
+        ref = board.ended.remote([stage.key for stage in stages], [ref])
+        outcomes |= {stage.key: ref for stage in stages}
+        waiting += [ref] if first.ranks else []
+    return outcomes
+
+
+def _told(jobs: Sequence[tuple[Stage[Any], ...]], store: Store, failures: dict[str, Failure]) -> list[str]:
+    """What failed, where it failed first: a line each."""
     missing = {stage.key: stage for stages in jobs for stage in stages if not stage.is_in(store)}
     messages = []
     for key, stage in missing.items():

@@ -152,14 +152,15 @@ def make_run(tmp_path: Path, composition: str = "merged", identity: bool = True)
     full.save(folder / "full.safetensors")
     residuals = {c.name: 1e-9 for c in batch.concepts}
     report = {
-        "form": "hard",
-        "why": "meeting them moves little",
+        "form": "soft",
         "rows": 2,
         "regularization_captions": 3,
         "condition": float("nan"),
         "drift": 0.01,
         "residuals": residuals,
         "compressed": {"error": 0.0, "drift": 0.02, "residuals": {name: 2e-4 for name in residuals}},
+        "unseen": {name: {"words": 0.41, "padding": 0.52} for name in residuals},
+        "moved": {"words": 0.013, "padding": 0.024, "empty": 0.005},
         "bytes": {"concepts": 4000, "concept_files": 4100, "merged_dense": 2000, "merged": 300},
     }
     (folder / "report.json").write_text(json.dumps(report))

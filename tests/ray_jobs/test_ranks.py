@@ -23,7 +23,7 @@ from pipeline.stages.train import Train
 from pipeline.store import Store
 from ray_jobs import ranks
 from ray_jobs.board import Board
-from ray_jobs.concept_batch import RayWorkers, Share, check_devices, ray_session
+from ray_jobs.concept_batch import RayWorkers, Share, _Cluster, check_devices, ray_session
 from ray_jobs.ranks import progress_to
 from training.strategies import deepspeed_config
 
@@ -170,3 +170,13 @@ def test_what_there_is_not(tmp_path, pico, monkeypatch, capsys, training, messag
         monkeypatch.setenv("RAY_ADDRESS", "anywhere")
         check_devices([plan], plan.stages, cores=2, gpus=0)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "ranks", "expected"), [([4], 0, 2, 2), ([4], 0, 8, 1), ([3, 3], 0, 3, 1), ([8, 8], 2, 2, 1)]
+)
+def test_cores_of_a_rank(tmp_path, cores, gpus, ranks, expected):
+    """As many as there are for each, and all ranks find room on the nodes at once; one beside a GPU."""
+    _, stage = _training(tmp_path, strategy="ddp", ranks=ranks, batch_size=24)
+    nodes = [{"Resources": {"CPU": count}} for count in cores]
+    assert _Cluster(gpus, sum(cores), nodes).cpus_of(stage) == expected
