@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -180,6 +182,17 @@ def row_count(tokenizer, prompts: Sequence[str], class_word: str) -> int:
     """How many rows the exact `constraint_of` makes of a concept, at most, without its weights."""
     words = [f"{class_word}{prompt.partition('{}')[2]}" for prompt in prompts]
     return sum(1 + len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in words)  # V*, words, end
+
+
+def captions_beside(captions: Sequence[str], concepts: Sequence[dict[str, Any]]) -> list[str]:
+    """Regularisation captions without those that name a new category of the concepts (`token`, `class_word`): its word
+    is to change, and leaving it alone would undo that. Where none are left, captions of everyday things."""
+    taught = [re.escape(c["class_word"]) for c in concepts if not c["token"]]
+    if not taught:
+        return list(captions)
+    named = re.compile(rf"\b(?:{'|'.join(taught)})\b", re.IGNORECASE)
+    everyday = [form.format(noun) for noun in NOUNS for form in FORMS]
+    return [c for c in captions if not named.search(c)] or [c for c in everyday if not named.search(c)]
 
 
 @torch.no_grad()

@@ -16,7 +16,14 @@ import fsspec
 import torch
 
 from pipeline.merge.compress import rounded
-from pipeline.merge.constraints import FORMS, PAPER_PROMPTS, Constraint, constraint_of, regularization_rows
+from pipeline.merge.constraints import (
+    FORMS,
+    PAPER_PROMPTS,
+    Constraint,
+    captions_beside,
+    constraint_of,
+    regularization_rows,
+)
 from pipeline.merge.factors import MergedModel
 from pipeline.merge.solve import Form, MergeReport, Sums, merge, merge_sums, report
 from pipeline.reading import read_lines, shown
@@ -124,7 +131,6 @@ def merge_files(
     lines = [line for _, line in read_lines(captions, "file of captions, one a line")]
     if not lines:
         raise ValueError(f"{captions}: no captions in it; one a line is expected")
-    rows = regularization_rows(backbone, lines, exact=form == "paper")
     weights_of_layers = {name: layer.weight.data for name, layer in backbone.layers.items()}
     merged = _Merged.load(sums, backbone) if sums and sums.exists() else _Merged(None, {}, [], {})
     for path in remove:
@@ -136,6 +142,8 @@ def merge_files(
     if not merged.concepts:
         left = f"no concept is left; {sums} can be deleted" if remove else "no concepts; name their weights.safetensors"
         raise ValueError(f"merge: {left}")
+    exact = form == "paper"
+    rows = regularization_rows(backbone, lines if exact else captions_beside(lines, merged.concepts), exact=exact)
     limits = DEFAULTS.model_dump(include={"damping", "max_drift", "penalty"})
     if sums:
         parts = ([merged.sums] if merged.sums else []) + ([Sums.over(constraints)] if constraints else [])

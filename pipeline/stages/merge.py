@@ -16,7 +16,7 @@ import torch
 from pipeline.cost.estimate import PROCESS, Device, Estimate
 from pipeline.cost.model_size import ModelSize
 from pipeline.merge.compress import rounded, shared_factors, truncated_factors, weighted_factors
-from pipeline.merge.constraints import held_out_rows, regularization_rows
+from pipeline.merge.constraints import captions_beside, held_out_rows, regularization_rows
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_weights
 from pipeline.merge.solve import Form, MergeReport, damped_gram, merge, merge_sums, missed, moved, report
@@ -117,8 +117,9 @@ class Merge(Stage[MergedFiles]):
         tokens: dict[str, list[torch.Tensor]] = {}
         for source in sources:
             tokens |= source.tokens()
-        captions = self._captions(context, settings.captions, concepts)
-        rows = regularization_rows(backbone, captions, exact=settings.form == "paper")
+        captions, exact = self._captions(context, settings.captions, concepts), settings.form == "paper"
+        captions = captions if exact else captions_beside(captions, concepts)
+        rows = regularization_rows(backbone, captions, exact=exact)
         base = {name: layer.weight.data for name, layer in backbone.layers.items()}
         gram, _ = damped_gram(rows, settings.damping)
         full, solved = self._solved(context, settings, rows, base, gram)

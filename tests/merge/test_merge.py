@@ -19,6 +19,7 @@ from pipeline.merge.compress import rounded, shared_factors, truncated_factors, 
 from pipeline.merge.constraints import (
     PAPER_PROMPTS,
     Constraint,
+    captions_beside,
     constraint_of,
     held_out_rows,
     load_constraints,
@@ -338,6 +339,15 @@ def test_prompts_that_are_too_long_are_left_out_but_for_the_first(backbone):
     with pytest.raises(ValueError, match="tokens"):
         constraint_of(backbone, weights, (long, "{}"))
     assert len(unseen_of(backbone, weights)) == 1
+
+
+def test_captions_that_name_a_new_category_are_not_held_where_they_are():
+    captions = ["a cat on a mat", "concatenation", "Photo of a CAT", "a soccer ball", "a ball"]
+    new, with_token = {"token": "", "class_word": "cat"}, {"token": "<a>", "class_word": "soccer ball"}
+    assert captions_beside(captions, [with_token]) == captions
+    assert captions_beside(captions, [new, with_token]) == ["concatenation", "a soccer ball", "a ball"]
+    everyday = captions_beside(["a cat"], [new])
+    assert "photo of a dog" in everyday and not any("cat" in caption.split() for caption in everyday)
 
 
 def test_regularization_rows_hold_what_every_image_attends_to(backbone):
