@@ -93,14 +93,15 @@ def _read_suites(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...
     return tuple(prompts)
 
 
-Prompts = Annotated[tuple[str, ...], BeforeValidator(one_is_a_list), AfterValidator(_read_suites)]
+OneOrMany = BeforeValidator(one_is_a_list, json_schema_input_type=str | tuple[str, ...])
+Prompts = Annotated[tuple[str, ...], OneOrMany, AfterValidator(_read_suites)]
 """Prompts with `{}` for the concept, and .txt files of such prompts, a line each; relative to the batch file."""
 
 
 class Section(BaseModel):
     """A part of the spec: unknown keys are errors, and so are values of another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -128,15 +129,19 @@ class ConceptTraining(Section):
     """What one concept trains with instead of the batch's settings, when trained separately."""
 
     steps: Steps | None = None
+    """Optimizer steps."""
     learning_rate: Rate | None = None
+    """Of the K/V weights, or whatever the method trains."""
     token_learning_rate: Rate | None = None
+    """Of the token's row."""
     seed: Seed | None = None
+    """Of noise, samples and views."""
 
 
 class Concept(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
-    images: Annotated[tuple[str, ...], BeforeValidator(one_is_a_list)]
+    images: Annotated[tuple[str, ...], OneOrMany]
     """Folder, glob pattern or image files; relative to the batch file."""
     class_word: Words
     """What it is, in the base model's words: `cat`, `wooden pot`."""
@@ -147,7 +152,7 @@ class Concept(Section):
     """It goes by its class word alone (`moongate`), without a token: the form for a category that the base does not
     know, where the above is for one special cat. Give it a class_prompt the base does know (`gate`)."""
     initializer: Words = ""
-    """A word of one token the new row starts from; rarely used words in turn when empty."""
+    """A word of one token that the new token's row starts from; a random row of its own when empty."""
     prompts: Prompts = ()
     """Prompts to measure and show this concept with, `{}` standing for the concept, or .txt files of them, a line each;
     the batch's when empty."""
@@ -244,7 +249,9 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: bitsandbytes', a quarter of the optimizer's memory."""
     weight_decay: float = Field(0.0, ge=0, le=100)
+    """AdamW's."""
     max_grad_norm: float = Field(1.0, gt=0, le=1e12)
+    """Gradients of a set of weights are scaled down to this norm."""
     prior_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the regularisation loss."""
     regularization: Literal["real", "generated", "none"] = CUSTOM_DIFFUSION.regularization
@@ -262,6 +269,7 @@ class Training(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    """auto: xformers where it is installed and the device is a GPU, else PyTorch's own."""
     pack_size: Annotated[int, Field(gt=0, le=10_000)] | Literal["auto"] = "auto"
     """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds. 1 for
     methods that train more than text K/V layers and tokens."""
@@ -270,12 +278,15 @@ class Training(Section):
     ranks: int = Field(1, gt=0, le=10_000)
     """Processes (GPUs) that train one set of weights together; `batch_size` stays what it is, for all of them."""
     deepspeed: Zero = Zero()
+    """With `strategy: deepspeed`."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     compile: bool = False
     """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
     seed: Seed = 0
+    """Of noise, samples and views; a concept's weights depend on it, not on who else is in its pack."""
     checkpoint_every: Steps = 50
+    """Steps between checkpoints, from which a training that was cut off goes on."""
     sample_every: Steps | None = None
     """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
     evaluation draws the same concepts, too."""
@@ -378,9 +389,13 @@ class Evaluation(Section):
     samples: int = Field(8, gt=0, le=10_000)
     """Images a prompt."""
     steps: int = Field(50, gt=0, le=100_000)
+    """DDIM steps of an image."""
     guidance: float = Field(6.0, ge=-100, le=100)
+    """Scale of classifier-free guidance."""
     seed: Seed = 0
+    """Of a prompt's first image; the next ones count on from it. All models draw from the same seeds."""
     clip: str = "miniature"
+    """The judge of text and image alignment, an open_clip model as in `retrieval.clip`."""
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
 
@@ -428,6 +443,7 @@ class Settings(Section):
     """What a batch and a retraining say alike: all but the concepts. Places stand here as the file names them."""
 
     name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
+    """Stands in `output` and in the release's file names."""
     base: str = "miniature"
     """Diffusers model: folder, hub name, or `miniature`."""
     output: Annotated[str, AfterValidator(local_folder)] = "runs/{name}"
@@ -436,11 +452,17 @@ class Settings(Section):
     store: Destination = ""
     """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
     retrieval: Retrieval = Retrieval()
+    """Where regularisation images come from."""
     training: Training = Training()
+    """How concepts are taught."""
     merge: Merge = Merge()
+    """How they become one model."""
     compress: Compress = Compress()
+    """How small the model is to be."""
     evaluation: Evaluation = Evaluation()
+    """What is drawn and measured."""
     publish: Publish = Publish()
+    """Where the release goes, and what it says."""
     _folder: Path = PrivateAttr(Path())
 
     def model_post_init(self, context: Any) -> None:
@@ -542,6 +564,7 @@ def doubles(concepts: Sequence[Concept]) -> dict[int, tuple[int, str, str]]:
 
 class ConceptBatch(Settings):
     concepts: tuple[Concept, ...] = Field(min_length=1)
+    """What is to be taught."""
     _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -617,6 +640,7 @@ class Retraining(Settings):
     catalogue: Place = Field(min_length=1)
     """Folder or URL with a folder for each concept: its images and a `concept.yaml`."""
     gate: Gate = Gate()
+    """What a new release must keep of the current one."""
     lease: float = Field(600, ge=5, le=86_400)
     """Seconds after which a run that died no longer keeps others out; a living one renews its lease meanwhile."""
 

@@ -63,6 +63,7 @@ BASE = "base"
 
 class Variant(Section):
     name: str = Field(min_length=1)
+    """Its row in the table."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Of the batch: `{training: {method: dreambooth}}`."""
     together: int | None = Field(None, gt=0, le=1_000_000)
@@ -77,6 +78,7 @@ class Table(Section):
     name: str = Field(pattern=r"^[a-z0-9-]+$", max_length=LONGEST_NAME)
     """Of its files."""
     title: str = ""
+    """Heading above it."""
     model: Literal["single", "merged"] = "single"
     """What is measured: each concept's own weights, or all the concepts' together."""
     concepts: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class Table(Section):
     note: str = ""
     """What the table says, in words; stands under it."""
     variants: tuple[Variant, ...] = Field(min_length=1)
+    """What is compared, a row each."""
 
     @field_validator("pair_prompts")
     @classmethod
@@ -117,6 +120,7 @@ class Table(Section):
 
 class Study(Section):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
+    """Stands in `store`."""
     output: Annotated[str, AfterValidator(local_folder)] = "docs/study"
     """Folder of tables and figures, relative to the working directory."""
     store: Place = ""
@@ -126,6 +130,7 @@ class Study(Section):
     batch: dict[str, Any]
     """What all variants share, as in a batch file."""
     tables: tuple[Table, ...] = Field(min_length=1)
+    """What is measured, a table each."""
 
     @model_validator(mode="after")
     def _tables_have_files_of_their_own(self) -> Study:

@@ -444,6 +444,20 @@ def report(batch_file: BatchFile, output: Output = None) -> None:
 
 
 @app.command()
+def schema(
+    kind: Annotated[Literal["batch", "retraining", "study"], typer.Argument(help="Of which file.")] = "batch",
+) -> None:
+    """Print the JSON schema of a file, with which editors complete and check it as you write."""
+    from pydantic import BaseModel
+
+    from pipeline.spec import ConceptBatch, Retraining
+    from pipeline.study import Study
+
+    models: dict[str, type[BaseModel]] = {"batch": ConceptBatch, "retraining": Retraining, "study": Study}
+    print(json.dumps(models[kind].model_json_schema(), indent=1))
+
+
+@app.command()
 def study(study_file: Annotated[Path, typer.Argument(help="Study file: methods, concepts, seeds, tables.")]) -> None:
     """Compare methods on the same concepts, prompts and seeds: tables, plots, grids. What is done is not repeated."""
     from ray_jobs.study import run_study

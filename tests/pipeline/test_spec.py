@@ -416,3 +416,10 @@ def test_a_method_brings_its_defaults(tmp_path):
     assert given.training.augment and given.training.regularization == "none"
     category = load_batch(write(tmp_path, _concept("new_category: true")))
     assert category.concepts[0].phrase == "cat" and category.concepts[0].token == ""
+
+
+def test_older_names_of_the_merges_forms(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for older, now in (("auto", "soft"), ("hard", "paper"), ("soft", "soft"), ("paper", "paper")):
+        path = write(tmp_path, f"concepts: [{{name: a, images: cat, class_word: cat}}]\nmerge: {{form: {older}}}")
+        assert load_batch(path).merge.form == now
