@@ -244,7 +244,8 @@ def test_image_holds_the_project():
     sent = {line[1:] for line in (ROOT / "k8s" / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     assert set(copied) == sent
     assert {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= set(copied)
-    assert {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)} == {"gpu", "s3", "sign"}
+    extras = {name for line in lines for name in re.findall(r"more\['(\w+)'\]", line)}
+    assert extras == {"train", "cluster", "gpu", "s3", "sign"}
     assert "USER 1000:1000" in lines and "xformers" in PINNED
     assert not any("VISIBLE_DEVICES=" in line for line in lines)  # the device plugin says which, to whom it gives some
     # what changes with every build comes after the layers

@@ -557,7 +557,7 @@ def test_two_runs_find_an_expired_lease_at_once(destination: str, monkeypatch: p
         pass
 
 
-@pytest.mark.parametrize("texts", [("one",) * 6, ("one", "two", "three")])
+@pytest.mark.parametrize("texts", [("one",) * 3, ("one", "two")])
 def test_publishers_at_once(make: Make, destination: str, texts: tuple[str, ...]) -> None:
     """On a disk, and on a server that takes an object only once."""
     folders = [make(text) for text in texts]
