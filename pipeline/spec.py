@@ -42,7 +42,8 @@ MINIATURE = Path(__file__).parent / "miniature"
 """The embedded default: base model, CLIP and judge in the package."""
 Steps = Annotated[int, Field(gt=0, le=10_000_000)]
 Images = Annotated[int, Field(gt=0, le=1_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+"""Of a training that is too high, the training itself says so."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """As much as a column of a table holds."""
 Place = Annotated[str, AfterValidator(check_place)]

@@ -16,9 +16,11 @@ from pipeline import report, study
 from pipeline.evaluation.intervals import mean
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.miniature.world import concept_images
-from pipeline.plan import VERSIONS, make_plan
+from pipeline.plan import make_plan
 from pipeline.release.formats import check_fits
 from pipeline.spec import MINIATURE, ConceptBatch
+from pipeline.stages.evaluate import Evaluate
+from pipeline.stages.train import Train
 from training.loop import train
 from training.methods import METHODS
 from training.run import Member
@@ -47,9 +49,9 @@ def test_a_training_method(backbone, pico, concepts, settings, tmp_path, monkeyp
         "training": {"method": method.name, "regularization": "none"},
         "evaluation": {"clip": str(MINIATURE / "clip")},
     }
-    (stage,) = make_plan(ConceptBatch.model_validate(batch)).of("train")
-    assert stage.params["training"]["method"] == method.name
-    assert stage.params["training"]["learning_rate"] == method.learning_rate
+    (stage,) = make_plan(ConceptBatch.model_validate(batch)).of(Train)
+    assert stage.training.method == method.name
+    assert stage.training.learning_rate == method.learning_rate
 
     concept = dataclasses.replace(concepts[0], token="pll")
     own = dataclasses.replace(settings, method=method.name, steps=2)
@@ -63,7 +65,7 @@ def test_a_measure():
     assert values.shape == (3,) and values[0] == 0 < values[1] == values[2]
     assert mean(values).value == pytest.approx(values.mean())
     # the places that the recipe names
-    assert "text" in report.SCORES and "text" in study.SCORES and "evaluate" in VERSIONS
+    assert "text" in report.SCORES and "text" in study.SCORES and Evaluate.version > 0
 
 
 def test_an_exporter(backbone, tmp_path):
