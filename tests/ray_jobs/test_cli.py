@@ -69,7 +69,7 @@ def test_plan_says_what_there_is_to_do_and_does_nothing(batch, tmp_path, capsys,
     before = sorted(p for p in tmp_path.rglob("*"))
     code, out, _ = run("plan", str(path), capsys=capsys)
     assert code == 0
-    assert "21 of 21 stages to do" in out
+    assert "22 of 22 stages to do" in out
     assert "\npacks of up to 2 concepts, 1." in out and "does not fit" not in out
     with monkeypatch.context() as small:
         small.setattr(cli, "_this_device", lambda: Device(2**29, cuda=False))
@@ -131,7 +131,7 @@ def _other_base(base: str) -> dict:
     return {"base": base, "training": {"regularization": "none"}, "evaluation": clip}
 
 
-def _base_without_unet(folder: Path) -> dict:
+def _base_of_another_kind(folder: Path) -> dict:
     (folder / "base").mkdir()
     (folder / "base" / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
     return _other_base("base")
@@ -148,7 +148,7 @@ def _base_without_unet(folder: Path) -> dict:
             "retrieval.corpus: 'miniature' knows only its own",
         ),
         (lambda _: _other_base("./nowhere"), "nowhere': no diffusers model there"),
-        (_base_without_unet, "model_index.json names no unet"),
+        (_base_of_another_kind, "model_index.json: _class_name is 'DiTPipeline'"),
         (lambda _: {"retrieval": {"corpus": "nothing.parquet"}}, "nothing.parquet"),
         (lambda _: {"retrieval": {"clip": "/no/clip"}}, "CLIP directory /no/clip: not there"),
         (lambda _: {"trainig": {}}, "trainig: unknown key; did you mean 'training'?"),
