@@ -175,8 +175,8 @@ def test_what_there_is_not(tmp_path, pico, monkeypatch, capsys, training, messag
 @pytest.mark.parametrize(
     ("cores", "gpus", "ranks", "expected"), [([4], 0, 2, 2), ([4], 0, 8, 1), ([3, 3], 0, 3, 1), ([8, 8], 2, 2, 1)]
 )
-def test_cores_of_a_rank(tmp_path, cores, gpus, ranks, expected):
+def test_cores_of_a_rank(tmp_path, pico, cores, gpus, ranks, expected):
     """As many as there are for each, and all ranks find room on the nodes at once; one beside a GPU."""
-    _, stage = _training(tmp_path, strategy="ddp", ranks=ranks, batch_size=24)
+    _, stage = _training(tmp_path, pico, strategy="ddp", ranks=ranks, batch_size=24)
     nodes = [{"Resources": {"CPU": count}} for count in cores]
     assert _Cluster(gpus, sum(cores), nodes).cpus_of(stage) == expected
