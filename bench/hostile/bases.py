@@ -279,7 +279,7 @@ CASES = [
     base("nothing", written="''", refused=("batch.yaml|base", "base")),
     base("null", written="null", refused=("batch.yaml", "base")),
     base("a number", written="5", refused=("batch.yaml", "base")),
-    base("a URL", written="https://huggingface.co/a/b", refused="https://huggingface.co/a/b"),
+    base("a URL", written="https://hub.example/a/b", refused="https://hub.example/a/b"),
     base("an address with a password", written="https://me:SECRET@127.0.0.1:9/a", refused="base"),
     base("a loop of links", lambda f: os.symlink("loop", "loop"), written="./loop", refused="loop"),
 ]

@@ -583,7 +583,7 @@ PLACES = [
     batch("publish.hub without an owner", GOOD + "publish: {hub: name}\n", refused=(FILE, "hub")),
     batch("publish.hub with three parts", GOOD + "publish: {hub: a/b/c}\n", refused=(FILE, "hub")),
     batch("publish.hub that leads out", GOOD + "publish: {hub: ../x}\n", refused=(FILE, "hub")),
-    batch("publish.hub as a URL", GOOD + "publish: {hub: 'https://huggingface.co/a/b'}\n", refused=(FILE, "hub")),
+    batch("publish.hub as a URL", GOOD + "publish: {hub: 'https://hub.example/a/b'}\n", refused=(FILE, "hub")),
     batch(
         "no signing key",
         GOOD + "publish: {signing_key: gone.pem}\n",
