@@ -29,7 +29,7 @@ import scipy.linalg  # noqa: E402
 import torch  # noqa: E402
 
 from pipeline.merge.constraints import Constraint, load_constraints, save_constraints  # noqa: E402
-from pipeline.merge.solve import Sums, damped_gram, report, solve_hard, solve_soft  # noqa: E402
+from pipeline.merge.solve import Sums, damped_gram, report, solve_exactly, solve_soft  # noqa: E402
 
 ROWS, REGULARIZATION, DAMPING = 7, 2600, 1e-6
 SHAPES = {"sd": (768, [320] * 5 + [640] * 5 + [1280] * 6), "sdxl": (2048, [640] * 10 + [1280] * 60)}
@@ -73,7 +73,7 @@ def hard(name: str, count: int) -> dict[str, float]:
     for _ in range(5):  # the first one warms up the libraries
         start = time.perf_counter()
         gram, _ = damped_gram(regularization, DAMPING)
-        model, _ = solve_hard(constraints, gram)
+        model, _ = solve_exactly(constraints, gram)
         took.append(time.perf_counter() - start)
     figures = {"seconds": statistics.median(took), "peak_gib": peak_gib()}
     generator = torch.Generator().manual_seed(2)

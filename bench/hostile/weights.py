@@ -406,7 +406,9 @@ PLACES = [
     out("sums are an input", lambda: None, OUT, "--sums", "a.safetensors", refused="a.safetensors"),
     out("sums are text", raw("x", "sums.safetensors"), OUT, "--sums", "sums.safetensors", refused="sums.safetensors"),
     out("sums are the captions", lambda: None, OUT, "--sums", "captions.txt", refused="captions.txt"),
-    out("sums with the hard form", lambda: None, OUT, "--sums", "sums.safetensors", "--form", "hard", refused="sums"),
+    out(
+        "sums with the paper's form", lambda: None, OUT, "--sums", "sums.safetensors", "--form", "paper", refused="sums"
+    ),
     out("a removal without sums", lambda: None, OUT, "--remove", "a.safetensors", refused="sums|remove"),
     out(
         "a removal of what is not merged",
