@@ -37,7 +37,7 @@ def batch(tmp_path) -> Path:
         "name": "job",
         "output": str(tmp_path / "out"),
         "concepts": [{"name": "cat", "images": "cat", "class_word": "cat"}],
-        "training": {"steps": 8, "batch_size": 2, "views": 4, "regularization": "none", "checkpoint_every": 2},
+        "training": {"steps": 150, "batch_size": 2, "views": 4, "regularization": "none", "checkpoint_every": 50},
         "evaluation": {"samples": 2, "steps": 2, "guidance": 3.0, "prompts": "prompts.txt"},
     }
     (tmp_path / "b" / "batch.yaml").write_text(yaml.safe_dump(content))
@@ -60,20 +60,22 @@ def test_submit_status_stop(polyconcept, batch, tmp_path):
     # stopped on the way: only whole artifacts stay
     job = polyconcept("submit", str(batch), "--no-wait").stdout.split()[-1]
     until = time.monotonic() + 200
+    while "RUNNING" not in (told := polyconcept("status", job).stdout):
+        assert time.monotonic() < until, told
     while not list((tmp_path / "out").glob("store/features/*")) and time.monotonic() < until:
         time.sleep(0.2)
-    assert "RUNNING" in (told := polyconcept("status", job).stdout), told
     assert f"asked {job} to stop" in polyconcept("stop", job).stdout
     while "STOPPED" not in polyconcept("status", job).stdout and time.monotonic() < until:
         time.sleep(0.5)
     artifacts = [p for p in (tmp_path / "out" / "store").glob("[!.]*/*")]
     assert artifacts and all((p / MANIFEST).exists() for p in artifacts)
+    assert not [p for p in artifacts if p.parent.name == "train"], "the training ended before it was stopped"
     features = next((tmp_path / "out" / "store" / "features").iterdir()).stat().st_mtime_ns
 
     # submitted again, as Ray's own command does it: it goes on from there
     done = polyconcept("submit", str(batch))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "train cat: 8 of 8 steps" in done.stdout and "made release" in done.stdout
+    assert "train cat: ended" in done.stdout and "made release" in done.stdout
     assert next((tmp_path / "out" / "store" / "features").iterdir()).stat().st_mtime_ns == features
     assert (tmp_path / "out" / "report.html").exists()
     assert polyconcept("status").stdout.count("job-") == 2
