@@ -548,14 +548,15 @@ def _write_key(path: Path) -> None:
 
 def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
     """The training of a pack, and the ends of both jobs: from the finished store to the report."""
+    from pipeline.batch import run
     from pipeline.plan import make_plan
+    from pipeline.retraining import retrain
     from pipeline.spec import load_batch, load_retraining
     from pipeline.stages.pack import member_of
     from pipeline.stages.resident import resident_base
     from pipeline.stages.train import Train
     from pipeline.store import Store
-    from ray_jobs.concept_batch import run
-    from ray_jobs.retrain import retrain
+    from ray_jobs.runner import OnRay
     from training.loop import train
 
     def prepare(job: Job, *patterns: str) -> Callable[[Path], None]:
@@ -586,14 +587,14 @@ def large_acts(batch: Job, retraining: Job, place: Path) -> Iterator[Act]:
     yield Act("training a pack", prepare(batch, "out/store/train", "out/releases"), teach)
 
     def finish(folder: Path) -> None:
-        run(load_batch(folder / "batch.yaml"))
+        run(load_batch(folder / "batch.yaml"), OnRay())
 
     report = ("out/report.html", "out/summary.json")
     yield Act("end of the batch", prepare(batch, "out/releases", *report), finish, clean=_remove_old)
 
     def bring_up_to_date(folder: Path) -> None:
         asked = load_retraining(folder / "retrain.yaml").model_copy(update={"lease": 0.5})
-        retrain(asked, wait=10)
+        retrain(asked, OnRay(), wait=10)
 
     first_night = ("out/releases/v0002", "out/releases/latest.json", *report)
     prepare_night = prepare(retraining, *first_night)
@@ -983,7 +984,7 @@ def main() -> None:
     os.environ |= {"GIT_COMMIT": "kills"}  # manifests have it, and somebody may work here meanwhile
     os.environ.pop("RAY_ADDRESS", None)
     sys.path[0] = str(ROOT)  # this folder has modules of the packages' names
-    import ray_jobs.retrain  # noqa: F401 (what runs are forked with)
+    import ray_jobs.runner  # noqa: F401 (what runs are forked with)
 
     work = Path(tempfile.mkdtemp(prefix="k-"))  # short: the names of Ray's sockets have room for 107 letters
     place, tally, rng = work / "run", Tally(), random.Random(arguments.seed)

@@ -28,9 +28,12 @@ from pipeline.evaluation.kid import kid
 from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
+from pipeline.failure import StageFailed
+from pipeline.limits import Limits
 from pipeline.places import located
 from pipeline.plan import Plan, make_plan
 from pipeline.reading import LONGEST_NAME, shown
+from pipeline.runner import Runner
 from pipeline.sampling import grid
 from pipeline.spec import BatchFile, Place, Section, Seed, batch_from, clip_path, local_folder, read_mapping, validated
 from pipeline.stages.compose import Compose
@@ -42,7 +45,7 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.train import Train
 from pipeline.store import Store
 from retrieval.clip import ClipModel, load_clip
-from training.backbone import Backbone
+from training.backbone import Backbone, load_backbone
 from training.images import list_images
 from training.methods import METHODS
 
@@ -552,3 +555,22 @@ def _samples(table: Table, made: Sequence[Case], store: Store, path: Path) -> No
         rows.append(row[:12])
         labels.append(variant.name)
     grid(rows, labels=labels, side=80).save(path)
+
+
+def run_study(path: Path, runner: Runner) -> Path:
+    """Do all that a study file asks for and is not done yet; returns the folder of its tables.
+
+    Raises: ValueError for bad input, before anything runs; StageFailed naming what failed.
+    """
+    study = load_study(path)
+    made = list(cases(study, path))
+    check_output(study, made)
+    store = store_of(study, path)
+    stages = {stage.key: stage for case in made for stage in case.plan}
+    if not all(stage.is_in(store) for stage in stages.values()):
+        with runner.session():
+            if failed := runner.run([case.plan for case in made], store, Limits()):
+                raise StageFailed("\n".join(failed))
+    folder = Path(study.output).expanduser()
+    write_study(study, made, store, load_backbone(made[0].plan.batch.base_path), folder)
+    return folder

@@ -5,26 +5,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from pipeline.failure import Failure
+
 PACKAGES = ("training", "retrieval", "pipeline")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a stage was not done. fault: the traceback of what should not happen."""
-
-    message: str
-    fault: str = ""
-
-    @classmethod
-    def lost(cls, error: ray.exceptions.RayError) -> Failure:
-        """Of a task that could not begin, or whose process died more often than Ray tries again."""
-        why = getattr(error, "cause", None) or error
-        return cls(f"{type(why).__name__}: {why}")
+def lost(error: ray.exceptions.RayError) -> Failure:
+    """Of a task that could not begin, or whose process died more often than Ray tries again."""
+    why = getattr(error, "cause", None) or error
+    return Failure(f"{type(why).__name__}: {why}")
 
 
 class Notes(logging.Handler):
@@ -71,4 +64,4 @@ class Board:
         try:
             return await task[0]
         except ray.exceptions.RayError as error:
-            return dict.fromkeys(keys, Failure.lost(error))
+            return dict.fromkeys(keys, lost(error))

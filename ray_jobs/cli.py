@@ -20,11 +20,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.limits import EXIT as OUT_OF_TIME
+from pipeline.limits import Limits, OutOfTime
 from pipeline.places import masked
-from ray_jobs.limits import EXIT as OUT_OF_TIME
-from ray_jobs.limits import Limits, OutOfTime
+from pipeline.terminal import print
 from ray_jobs.releases import app as releases
-from ray_jobs.terminal import print
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(releases, name="release")
@@ -92,12 +92,13 @@ def run(
     124 when the time was up.
     """
     limits = Limits(deadline, device_wait, gpu)
-    from ray_jobs.concept_batch import Exit
-    from ray_jobs.concept_batch import run as run_batch
+    from pipeline.batch import Exit
+    from pipeline.batch import run as run_batch
+    from ray_jobs.runner import OnRay
 
     batch = _load(batch_file, output)
     _refuse_overwriting(_results(batch.output_path), [batch_file])
-    outcome = run_batch(batch, limits)
+    outcome = run_batch(batch, OnRay(), limits)
     made = f"made release {masked(outcome.release)}"
     if outcome.report:
         _print_summary(outcome.summary)
@@ -127,11 +128,12 @@ def retrain(
     was up.
     """
     limits = Limits(deadline, device_wait, gpu)
+    from pipeline.batch import Exit
     from pipeline.release.lease import Busy
+    from pipeline.retraining import JsonLines
+    from pipeline.retraining import retrain as bring_up_to_date
     from pipeline.spec import load_retraining, overridden
-    from ray_jobs.concept_batch import Exit
-    from ray_jobs.retrain import JsonLines
-    from ray_jobs.retrain import retrain as bring_up_to_date
+    from ray_jobs.runner import OnRay
 
     logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
     handler.setFormatter(JsonLines())
@@ -145,7 +147,7 @@ def retrain(
     try:
         asked = overridden(load_retraining(retraining_file), output=output)
         _refuse_overwriting(_results(asked.output_path), [retraining_file])
-        outcome = bring_up_to_date(asked, wait * 60, limits)
+        outcome = bring_up_to_date(asked, OnRay(), wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
         ends = {Busy: Exit.BUSY, OutOfTime: Exit.OUT_OF_TIME}
@@ -460,9 +462,10 @@ def schema(
 @app.command()
 def study(study_file: Annotated[Path, typer.Argument(help="Study file: methods, concepts, seeds, tables.")]) -> None:
     """Compare methods on the same concepts, prompts and seeds: tables, plots, grids. What is done is not repeated."""
-    from ray_jobs.study import run_study
+    from pipeline.study import run_study
+    from ray_jobs.runner import OnRay
 
-    print(f"made {run_study(study_file) / 'README.md'}")
+    print(f"made {run_study(study_file, OnRay()) / 'README.md'}")
 
 
 preference = typer.Typer(no_args_is_help=True, help="Ask people which method's images they prefer.")

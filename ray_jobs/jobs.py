@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.places import located
 from pipeline.spec import batch_from, is_suite, one_is_a_list, overridden, read_batch
-from ray_jobs.terminal import print
+from pipeline.terminal import print
 from training.images import list_images
 
 PLACES = (

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ray_jobs.terminal import print
+from pipeline.terminal import print
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -20,9 +20,9 @@ merge: {{partial: {partial}}}
 
 def read(path: str = "retrain.yaml") -> tuple[Any, dict[str, str]]:
     """What a retraining begins with: the plan of the catalogue's concepts, and what is wrong with the others."""
+    from pipeline.batch import plan_usable
     from pipeline.catalogue import read_catalogue
     from pipeline.spec import load_retraining
-    from ray_jobs.concept_batch import plan_usable
 
     asked = load_retraining(path)
     concepts, problems = read_catalogue(asked)

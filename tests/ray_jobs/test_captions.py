@@ -12,7 +12,7 @@ import ray
 from pipeline.miniature.corpus import serve_corpus, write_corpus
 from pipeline.spec import MINIATURE
 from ray_jobs.captions import encoded_corpus, search_on_cluster
-from ray_jobs.concept_batch import ray_session
+from ray_jobs.session import ray_session
 from retrieval.clip import load_clip
 from retrieval.corpus import read_corpus
 from retrieval.download import download

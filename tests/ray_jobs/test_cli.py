@@ -25,13 +25,14 @@ from command import run
 from hub import Hub
 from PIL import Image
 
+from pipeline import terminal
 from pipeline.cost.estimate import Device
 from pipeline.miniature.world import concept_images
 from pipeline.release.publish import publish
 from pipeline.release.versions import promote
 from pipeline.spec import MINIATURE
-from ray_jobs import cli, terminal
-from ray_jobs.concept_batch import ray_session
+from ray_jobs import cli
+from ray_jobs.session import ray_session
 from training.checkpoint import save_tensors
 
 CAT = {"name": "outlined-cat", "images": "cat", "class_word": "cat"}
@@ -172,15 +173,13 @@ def test_help_of_every_command(capsys):
 
 
 def test_full_disk_and_interrupt(batch, capsys, monkeypatch):
-    import ray_jobs.concept_batch as concept_batch
-
     path = batch()
     for error, expected in ((OSError(errno.ENOSPC, "No space left on device", "/x"), 2), (KeyboardInterrupt(), 130)):
 
         def fail(*_, error=error):
             raise error
 
-        monkeypatch.setattr(concept_batch, "run", fail)
+        monkeypatch.setattr("pipeline.batch.run", fail)
         code, _, err = run("run", str(path), capsys=capsys)
         assert code == expected
         assert "No space left" in err or "interrupted" in err
@@ -199,7 +198,7 @@ def test_whatever_fails_ends_alike(batch, capsys, monkeypatch, error, message):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("ray_jobs.concept_batch.run", fail)
+    monkeypatch.setattr("pipeline.batch.run", fail)
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", str(batch())])
     err = capsys.readouterr().err
@@ -362,17 +361,18 @@ def test_names_of_others_are_shown_and_not_obeyed(capsys):
 
 WAITING = """
 import os, ray, psutil, sys
-import ray_jobs.concept_batch as concept_batch
+import pipeline.batch
 from ray_jobs.cli import main
+from ray_jobs.session import ray_session
 
 def run(*_):
-    with concept_batch.ray_session():
+    with ray_session():
         started = [process for process in psutil.Process().children(recursive=True)]
         own = [connection for process in started for connection in process.net_connections("inet")]
         print("listening", *{c.laddr.ip for c in own if c.status == psutil.CONN_LISTEN}, flush=True)
         ray.get(ray.remote(lambda: __import__("time").sleep(600)).remote())
 
-concept_batch.run = run
+pipeline.batch.run = run
 main(["run", sys.argv[1]])
 """
 

@@ -23,6 +23,8 @@ import yaml
 from loopback import serve
 from ray.cluster_utils import Cluster
 
+from pipeline.batch import run
+from pipeline.limits import Limits, OutOfTime
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
 from pipeline.spec import ConceptBatch
@@ -31,8 +33,7 @@ from pipeline.stages.regularization import Regularization
 from pipeline.stages.stage import run_stage
 from pipeline.stages.train import Train
 from pipeline.store import Store
-from ray_jobs.concept_batch import run, run_stages
-from ray_jobs.limits import Limits, OutOfTime
+from ray_jobs.runner import OnRay, run_stages
 from ray_jobs.same_code import OtherCode, SameCode, code_here
 
 pytestmark = pytest.mark.slow
@@ -149,7 +150,7 @@ def test_a_process_or_a_node_goes_away(cluster, plan, undisturbed, tmp_path, sam
 
     with connected(cluster), ThreadPoolExecutor() as pool:
         losing = pool.submit(lose)
-        assert run_stages([plan], store) == []
+        assert run_stages([plan], store, Limits()) == []
         losing.result(timeout=0)  # it was lost
     if lost == "node":
         cluster.add_node(num_cpus=1)
@@ -168,7 +169,7 @@ def test_the_driver_is_killed(cluster, content, plan, undisturbed, tmp_path, sam
     assert not turtle.is_in(store)
     stamps = {path: path.stat().st_mtime_ns for path in store.local.glob("*/*/manifest.json")}
     with connected(cluster):
-        assert run_stages([plan], store) == []
+        assert run_stages([plan], store, Limits()) == []
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     the_same(plan, same_weights, store, undisturbed)
 
@@ -181,7 +182,7 @@ def test_a_concept_kills_its_process(content, tmp_path):
     )
     with started(nodes=1) as cluster, connected(cluster), ThreadPoolExecutor() as pool:
         killing = pool.submit(kill, "features turtle", 3)
-        outcome = run(batch)
+        outcome = run(batch, OnRay())
         killing.result(timeout=0)
     (failure,) = outcome.failures
     assert failure.startswith("features turtle: WorkerCrashedError")
@@ -200,7 +201,7 @@ def test_a_bad_web(cluster, content, tmp_path):
         whole = make_plan(ConceptBatch.model_validate(content | changes))
         kinds = ("index", "candidates", "regularization", "features")
         store = Store(str(tmp_path / "store"))
-        assert run_stages([Plan(whole.batch, tuple(s for s in whole if s.kind in kinds), ())], store) == []
+        assert run_stages([Plan(whole.batch, tuple(s for s in whole if s.kind in kinds), ())], store, Limits()) == []
     (stage,) = whole.of(Regularization)
     found = stage.result(store).load()
     assert found.shortfall == "11 of 14 images; all 20 candidates are used up (9 failed_to_download)"
@@ -214,10 +215,10 @@ def test_nodes_run_the_same_code(cluster, plan, tmp_path, monkeypatch):
     with connected(cluster):
         SameCode(there).check(seconds=60)
         SameCode(there | {"commit": "another", "host": "another"}).check(seconds=60)
-        monkeypatch.setattr("ray_jobs.concept_batch.code_here", lambda: there | {"torch": "1.0", "code": "0123"})
+        monkeypatch.setattr("ray_jobs.runner.code_here", lambda: there | {"torch": "1.0", "code": "0123"})
         message = f"{there['host']} runs another image .*: code 0123, torch 1.0 here, code {there['code']}, torch"
         with pytest.raises(OtherCode, match=message):
-            run_stages([features], store)
+            run_stages([features], store, Limits())
     assert not any(stage.is_in(store) for stage in features)
 
 

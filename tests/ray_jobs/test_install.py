@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from ray_jobs.cli import EXTRAS
-from ray_jobs.concept_batch import ray_session
+from ray_jobs.session import ray_session
 from training.weights import ConceptWeights
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,9 @@ from pipeline.stages.train import Train
 from pipeline.store import Store
 from ray_jobs import ranks
 from ray_jobs.board import Board
-from ray_jobs.concept_batch import RayWorkers, Share, _Cluster, check_devices, ray_session
 from ray_jobs.ranks import progress_to
+from ray_jobs.runner import RayWorkers, Share, _Cluster, check_devices
+from ray_jobs.session import ray_session
 from training.strategies import deepspeed_config
 
 ZERO = {"zero_optimization": {"stage": 2}}

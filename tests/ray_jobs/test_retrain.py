@@ -1,4 +1,4 @@
-"""Retraining, night after night: real Ray, the real miniature, a folder of releases."""
+"""Retraining, night after night: the real miniature, a folder of releases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ import pytest
 import yaml
 from hub import Hub
 
+from pipeline.limits import Limits
 from pipeline.miniature.world import concept_images
 from pipeline.release import publish
 from pipeline.release.publish import verify
-from ray_jobs.limits import Limits
-from ray_jobs.retrain import _has_results
+from pipeline.retraining import _has_results
+from pipeline.runner import Local
+from ray_jobs.runner import OnRay
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """What is not a process of its own runs its stages without Ray."""
+    monkeypatch.setattr("ray_jobs.runner.OnRay", Local)
+
 
 CONCEPTS = {"outlined-cat": ("cat", "streamline-emojis"), "flat-turtle": ("turtle", "fxemoji")}
 
@@ -90,9 +99,9 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     card = (releases / "v0001/README.md").read_text()
     assert "license: apache-2.0" in card and "samples.png" in card and "load_lora_weights" in card
 
-    # 2: nothing changed: no Ray, no release
+    # 2: nothing changed: no processes, no release
     with monkeypatch.context() as patch:
-        patch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+        patch.setattr(Local, "session", lambda _: pytest.fail("processes were started"))
         start = time.monotonic()
         code, out, log, err = run("retrain", "retrain.yaml", capsys=capsys)
         assert code == 0 and events(log, "nothing changed"), err
@@ -133,7 +142,7 @@ def test_five_nights(catalogue, tmp_path, capsys, monkeypatch):
     assert [v["passed"] for v in gate].count(False) >= 1
     # again: refused from what is in the store, nothing is computed
     with monkeypatch.context() as patch:
-        patch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+        patch.setattr(Local, "session", lambda _: pytest.fail("processes were started"))
         assert run("retrain", "retrain.yaml", capsys=capsys)[0] == 3
     assert list((releases / "candidates").iterdir()) == [candidate]
     # a release that the hub has missed goes there all the same
@@ -212,7 +221,7 @@ def test_concepts_that_break_and_go(catalogue, tmp_path, capsys, monkeypatch):
 
     # it is removed; all that this takes is there from the night it was broken
     shutil.rmtree(catalogue / "flat-turtle")
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setattr(Local, "session", lambda _: pytest.fail("processes were started"))
     with monkeypatch.context() as patch:
         write = publish._write_local
 
@@ -341,8 +350,9 @@ def test_a_bad_concept_is_named(catalogue, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_deadline(catalogue, tmp_path, capsys, monkeypatch):
-    """It passes when a concept's features are there and its training, which would take days, is at work: what was
-    finished is kept, the lease is given back, and there is no release."""
+    """On Ray: it passes when a concept's features are there and its training, which would take days, is at work: what
+    was finished is kept, the lease is given back, and there is no release."""
+    monkeypatch.setattr("ray_jobs.runner.OnRay", OnRay)
     runs = tmp_path / "runs/nightly"
     path = tmp_path / "retrain.yaml"
     settings = yaml.safe_load(path.read_text())

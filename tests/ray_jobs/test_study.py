@@ -1,4 +1,4 @@
-"""A small study on real Ray: two methods, one concept; its files, and that nothing is done twice."""
+"""A small study: two methods, one concept; its files, and that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from command import run
 from PIL import Image
 
 from pipeline.miniature.world import concept_images
+from pipeline.runner import Local
 from pipeline.study import cases, load_study
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr("ray_jobs.runner.OnRay", Local)
 
 
 @pytest.fixture
