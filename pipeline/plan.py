@@ -17,7 +17,7 @@ from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.places import masked
 from pipeline.reading import read_written
-from pipeline.spec import Concept, ConceptBatch, clip_path, public_name
+from pipeline.spec import Concept, ConceptBatch, Mark, clip_path, marked, public_name, sections
 from pipeline.stages.candidates import Candidates
 from pipeline.stages.constraints import Constraints
 from pipeline.stages.drawn import DrawSettings, Model, Phrase
@@ -307,24 +307,15 @@ def training_of(batch: ConceptBatch, base: str, group: Sequence[Concept], featur
     )
 
 
-_PLACES: dict[str, Any] = {
-    "output": True,
-    "store": True,
-    "publish": {"to", "hub", "made_by", "signing_key"},
-    "concepts": {"__all__": {"images"}},
-    "retrieval": {"corpus", "base_url", "block_list", "distributor"},
-    "training": {field.name for field in fields(Train.Places)} - {"base"},
-    "merge": {"partial"},
-}
-"""What of a batch says where or how, not what: no part of a release."""
-
-
 def public_spec(batch: ConceptBatch) -> dict[str, Any]:
     """What a release says that it was asked for: nothing of the machine's folders, no passwords."""
-    spec = batch.model_dump(mode="json", exclude=_PLACES)
-    spec["base"] = public_name(spec["base"])
-    for section in ("retrieval", "evaluation"):
-        spec[section]["clip"] = public_name(spec[section]["clip"])
+    spec = batch.model_dump(mode="json")
+    for way in marked(ConceptBatch, Mark.PRIVATE):
+        for section in sections(spec, way[:-1]):
+            section.pop(way[-1], None)
+    for way in marked(ConceptBatch, Mark.MODEL):
+        for section in sections(spec, way[:-1]):
+            section[way[-1]] = public_name(section[way[-1]])
     spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
     return spec
 

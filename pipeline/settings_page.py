@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.spec import ConceptBatch, Gate, Retraining
+from pipeline.spec import ConceptBatch, Gate, Retraining, section_of
 
 INTRODUCTION = """# Settings
 
@@ -41,7 +41,7 @@ def _section(model: type[BaseModel], title: str, only: set[str] | None = None) -
         if only is not None and name not in only:
             continue
         found = schema["properties"][name]
-        section = _model_of(field.annotation)
+        section, _ = section_of(field.annotation)
         if section is not None and section is not Gate:
             inner.append((name, section))
         default = "required" if field.is_required() else "" if section else _shown(found.get("default"))
@@ -50,14 +50,6 @@ def _section(model: type[BaseModel], title: str, only: set[str] | None = None) -
     yield ""
     for name, section in inner:
         yield from _section(section, name)
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, or a list of them."""
-    for part in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
 
 
 def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

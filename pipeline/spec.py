@@ -5,9 +5,10 @@ Unknown keys are refused with the nearest known one; every error names the file 
 
 from __future__ import annotations
 
+import enum
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -126,6 +127,50 @@ class Section(BaseModel):
         return value
 
 
+class Mark(enum.Enum):
+    """What a setting is, said on its field; what is sent to a cluster and what is published follow from it."""
+
+    FILE = enum.auto()
+    """Names a file or folder of the user's; a job that is submitted takes it along."""
+    MODEL = enum.auto()
+    """Names a model, which may be a folder: taken along, and published without the folders above it."""
+    IMAGES = enum.auto()
+    """Names images: taken along."""
+    SUITES = enum.auto()
+    """Prompts, some of which may be files: taken along."""
+    PRIVATE = enum.auto()
+    """Says where things are or how they are done, not what is made: not published."""
+
+
+def marked(model: type[BaseModel], *marks: Mark) -> Iterator[tuple[str, ...]]:
+    """Keys of the settings that have one of these marks, section by section; `*` stands for each of a list."""
+    for name, field in model.model_fields.items():
+        if any(mark in field.metadata for mark in marks):
+            yield (name,)
+        section, is_list = section_of(field.annotation)
+        if section:
+            way = (name, "*") if is_list else (name,)
+            yield from (way + rest for rest in marked(section, *marks))
+
+
+def sections(data: dict[str, Any], way: Sequence[str]) -> list[dict[str, Any]]:
+    """The sections of what a file says that a way leads to, as `marked` gives it; none where it leaves them out."""
+    found: list[Any] = [data]
+    for key in way:
+        found = [each for one in found for each in (one if key == "*" else [one.get(key)]) if each]
+    return found
+
+
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, if any, and whether it holds a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for part in getattr(annotation, "__args__", ()):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part, True
+    return None, False
+
+
 class ConceptTraining(Section):
     """What one concept trains with instead of the batch's settings, when trained separately."""
 
@@ -142,7 +187,7 @@ class ConceptTraining(Section):
 class Concept(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)
     """Name of the concept, used for files: letters, digits, `-`, `_`."""
-    images: Annotated[tuple[str, ...], OneOrMany]
+    images: Annotated[tuple[str, ...], OneOrMany, Mark.IMAGES, Mark.PRIVATE]
     """Folder, glob pattern or image files; relative to the batch file."""
     class_word: Words
     """What it is, in the base model's words: `cat`, `wooden pot`."""
@@ -154,7 +199,7 @@ class Concept(Section):
     know, where the above is for one special cat. Give it a class_prompt the base does know (`gate`)."""
     initializer: Words = ""
     """A word of one token that the new token's row starts from; a random row of its own when empty."""
-    prompts: Prompts = ()
+    prompts: Annotated[Prompts, Mark.SUITES] = ()
     """Prompts to measure and show this concept with, `{}` standing for the concept, or .txt files of them, a line each;
     the batch's when empty."""
     class_prompt: Words = ""
@@ -185,14 +230,14 @@ class Concept(Section):
 
 
 class Retrieval(Section):
-    corpus: Place = "miniature"
+    corpus: Annotated[Place, Mark.FILE, Mark.PRIVATE] = "miniature"
     """Parquet file, folder, glob or URL of (url, caption) rows or of embeddings as clip-retrieval writes them;
     `miniature` for the embedded world."""
     local: bool = False
     """The corpus is one's own: its images may be on private addresses. The miniature's are."""
-    base_url: str = ""
+    base_url: Annotated[str, Mark.PRIVATE] = ""
     """What relative urls of the corpus are joined to."""
-    clip: str = "miniature"
+    clip: Annotated[str, Mark.MODEL] = "miniature"
     """open_clip model: `ViT-B-32/laion2b_s34b_b79k`, a folder, or `miniature`."""
     images: Images = 200
     """Regularisation images per concept, retrieved or generated (the paper: 200)."""
@@ -200,9 +245,9 @@ class Retrieval(Section):
     """Candidates asked for, as a multiple of `images`: old links die."""
     max_nsfw: float | None = Field(None, ge=0, le=1)
     """Leave out rows whose NSFW score is above this, and rows without one; the corpus has to have the column."""
-    block_list: str = ""
+    block_list: Annotated[str, Mark.FILE, Mark.PRIVATE] = ""
     """File with sha256 sums of images never to use, one a line as `sha256sum` and others print them."""
-    distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
+    distributor: Annotated[Literal["multiprocessing", "ray"], Mark.PRIVATE] = "multiprocessing"
     """img2dataset's. Each concept's images are one task of the cluster; with `ray` that task is spread over all nodes
     too (few concepts, many nodes), and the store has to be a folder that all nodes share."""
     miniature_captions: int = Field(20_000, gt=0, le=10_000_000)
@@ -223,7 +268,7 @@ class Zero(Section):
     """What the ranks share out: 1 the optimizer's state, 2 the gradients too, 3 the frozen model too."""
     offload: bool = False
     """Keep the optimizer's state, and with stage 3 the weights, in the machine's memory."""
-    config: str = ""
+    config: Annotated[str, Mark.FILE] = ""
     """A DeepSpeed configuration (JSON) instead of one made of these settings. Batch sizes and clipping may be left out,
     being the batch file's."""
 
@@ -269,26 +314,26 @@ class Training(Section):
     """Caption of a concept's image, `{}` standing for the concept."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    attention: Annotated[Literal["auto", "xformers", "sdpa"], Mark.PRIVATE] = "auto"
     """auto: xformers where it is installed and the device is a GPU, else PyTorch's own."""
-    pack_size: Annotated[int, Field(gt=0, le=10_000)] | Literal["auto"] = "auto"
+    pack_size: Annotated[Annotated[int, Field(gt=0, le=10_000)] | Literal["auto"], Mark.PRIVATE] = "auto"
     """Sets of weights that train at once over one resident base; auto: as many as the device's memory holds. 1 for
     methods that train more than text K/V layers and tokens."""
-    strategy: Literal["single", "ddp", "deepspeed"] = "single"
+    strategy: Annotated[Literal["single", "ddp", "deepspeed"], Mark.PRIVATE] = "single"
     """How several ranks share a step's batch; single: one process a pack."""
-    ranks: int = Field(1, gt=0, le=10_000)
+    ranks: Annotated[int, Mark.PRIVATE] = Field(1, gt=0, le=10_000)
     """Processes (GPUs) that train one set of weights together; `batch_size` stays what it is, for all of them."""
-    deepspeed: Zero = Zero()
+    deepspeed: Annotated[Zero, Mark.PRIVATE] = Zero()
     """With `strategy: deepspeed`."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.PRIVATE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
-    compile: bool = False
+    compile: Annotated[bool, Mark.PRIVATE] = False
     """torch.compile the UNet's transformer blocks: takes a while at the start; meant for GPUs."""
     seed: Seed = 0
     """Of noise, samples and views; a concept's weights depend on it, not on who else is in its pack."""
-    checkpoint_every: Steps = 50
+    checkpoint_every: Annotated[Steps, Mark.PRIVATE] = 50
     """Steps between checkpoints, from which a training that was cut off goes on."""
-    sample_every: Steps | None = None
+    sample_every: Annotated[Steps | None, Mark.PRIVATE] = None
     """Draw a grid of samples every so many steps, and at the end, for the report and TensorBoard; none when empty: the
     evaluation draws the same concepts, too."""
 
@@ -338,7 +383,7 @@ class Training(Section):
 
 
 class Merge(Section):
-    partial: bool = False
+    partial: Annotated[bool, Mark.PRIVATE] = False
     """Go on without the concepts that failed (the run then ends with exit code 5); otherwise nothing is merged."""
     form: Literal["soft", "paper"] = "soft"
     """`soft` keeps each concept as close to its own weights as `max_drift` allows, over many prompts. `paper` meets the
@@ -385,7 +430,7 @@ class Compress(Section):
 
 
 class Evaluation(Section):
-    prompts: Prompts = Field(("photo of a {}",), min_length=1)
+    prompts: Annotated[Prompts, Mark.SUITES] = Field(("photo of a {}",), min_length=1)
     """As a concept's."""
     samples: int = Field(8, gt=0, le=10_000)
     """Images a prompt."""
@@ -395,16 +440,16 @@ class Evaluation(Section):
     """Scale of classifier-free guidance."""
     seed: Seed = 0
     """Of a prompt's first image; the next ones count on from it. All models draw from the same seeds."""
-    clip: str = "miniature"
+    clip: Annotated[str, Mark.MODEL] = "miniature"
     """The judge of text and image alignment, an open_clip model as in `retrieval.clip`."""
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
 
 
 class Publish(Section):
-    to: Destination = ""
+    to: Annotated[Destination, Mark.PRIVATE] = ""
     """Folder or URL releases go to; `<output>/releases` when empty."""
-    hub: str = ""
+    hub: Annotated[str, Mark.PRIVATE] = ""
     """Repository on the Hugging Face hub, `owner/name`, that each new release is copied to."""
     license: str = ""
     """Licence named in the model card, as the hub knows it: `apache-2.0`, `creativeml-openrail-m`."""
@@ -412,9 +457,9 @@ class Publish(Section):
     """Name of a licence that the hub does not know; `license` stays empty then."""
     license_link: str = ""
     """Where that licence can be read."""
-    made_by: str = ""
+    made_by: Annotated[str, Mark.PRIVATE] = ""
     """Who is named as the maker in manifests; nobody when empty."""
-    signing_key: str = ""
+    signing_key: Annotated[str, Mark.PRIVATE] = ""
     """Ed25519 private key (PEM file) that manifests are signed with; unsigned when empty."""
 
     @field_validator("hub")
@@ -445,12 +490,12 @@ class Settings(Section):
 
     name: str = Field("batch", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
     """Stands in `output` and in the release's file names."""
-    base: str = "miniature"
+    base: Annotated[str, Mark.MODEL] = "miniature"
     """Diffusers model: folder, hub name, or `miniature`."""
-    output: Annotated[str, AfterValidator(local_folder)] = "runs/{name}"
+    output: Annotated[str, AfterValidator(local_folder), Mark.PRIVATE] = "runs/{name}"
     """Where the store, report and releases are: alone of all places relative to the working directory, not to the
     file."""
-    store: Destination = ""
+    store: Annotated[Destination, Mark.PRIVATE] = ""
     """Folder or URL of the artifact store; `<output>/store` when empty. Batches may share one."""
     retrieval: Retrieval = Retrieval()
     """Where regularisation images come from."""

@@ -19,19 +19,19 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.places import located
-from pipeline.spec import batch_from, is_suite, one_is_a_list, overridden, read_batch
+from pipeline.spec import (
+    ConceptBatch,
+    Mark,
+    batch_from,
+    is_suite,
+    marked,
+    one_is_a_list,
+    overridden,
+    read_batch,
+    sections,
+)
 from pipeline.terminal import print
 from training.images import list_images
-
-PLACES = (
-    "base",
-    "retrieval.corpus",
-    "retrieval.clip",
-    "retrieval.block_list",
-    "training.deepspeed.config",
-    "evaluation.clip",
-)
-"""Settings that can name a file to send along, beside images and prompts."""
 
 LIMIT = 100
 """MiB of a request to Ray's dashboard, which takes what is sent along as one."""
@@ -103,17 +103,13 @@ def submit(batch_file: Path, address: str | None, output: str | None, deadline: 
 
 def _named(written: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What a batch file names, as it names it: places of images, and other files."""
-    images: list[str] = []
-    others: list[str] = []
-    for key in PLACES:
-        value: Any = written
-        for part in key.split("."):
-            value = (value or {}).get(part)
-        others += [value] if value else []
-    for section in (written.get("evaluation") or {}, *written["concepts"]):
-        images += one_is_a_list(section.get("images", ()))
-        others += filter(is_suite, one_is_a_list(section.get("prompts", ())))
-    return images, others
+
+    def named(*marks: Mark) -> list[str]:
+        ways = marked(ConceptBatch, *marks)
+        given = [section.get(way[-1]) for way in ways for section in sections(written, way[:-1])]
+        return [each for value in given if value for each in one_is_a_list(value)]
+
+    return named(Mark.IMAGES), named(Mark.FILE, Mark.MODEL) + list(filter(is_suite, named(Mark.SUITES)))
 
 
 def _sent_places(written: Iterable[str], batch_file: Path) -> list[str]:

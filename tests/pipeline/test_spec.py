@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,13 +17,16 @@ from pipeline.spec import (
     MINIATURE,
     Concept,
     ConceptBatch,
+    Mark,
     Retraining,
     Section,
     clip_path,
     load_batch,
     load_retraining,
+    marked,
     overridden,
 )
+from pipeline.stages.train import Train
 
 
 def write(tmp_path: Path, text: str, name: str = "batch.yaml") -> Path:
@@ -423,3 +427,13 @@ def test_older_names_of_the_merges_forms(tmp_path):
     for older, now in (("auto", "soft"), ("hard", "paper"), ("soft", "soft"), ("paper", "paper")):
         path = write(tmp_path, f"concepts: [{{name: a, images: cat, class_word: cat}}]\nmerge: {{form: {older}}}")
         assert load_batch(path).merge.form == now
+
+
+def test_every_place_is_sent_and_none_is_published():
+    """By their marks: what only says how a training is done is what its key leaves out, too."""
+    private = {way[-1] for way in marked(ConceptBatch, Mark.PRIVATE) if way[0] == "training"}
+    assert private == {field.name for field in dataclasses.fields(Train.Places)} - {"base"}
+    sent = {".".join(way) for way in marked(ConceptBatch, Mark.FILE, Mark.MODEL)}
+    files = {"retrieval.corpus", "retrieval.block_list", "training.deepspeed.config"}
+    assert sent == files | {"base", "retrieval.clip", "evaluation.clip"}
+    assert set(marked(ConceptBatch, Mark.SUITES)) == {("evaluation", "prompts"), ("concepts", "*", "prompts")}
