@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.evaluation.networks import check_judge
 from pipeline.reading import read_lines, shown
 from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path
@@ -37,6 +38,11 @@ def check_models(batch: ConceptBatch, shape: Base) -> None:
             check_clip(clip_path(model, batch.folder))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+    for name, model in batch.judge_places.items():
+        try:
+            check_judge(model)
+        except ValueError as error:
+            raise ValueError(f"evaluation.judges.{name}: {error}") from None
 
 
 def check_concepts(batch: ConceptBatch, words: Words) -> tuple[dict[str, tuple[str, ...]], list[str]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.measures import Measure, measures_in
 from pipeline.plan import Plan
 from pipeline.spec import Gate, base_path
 from pipeline.stages.evaluate import Evaluate
@@ -24,23 +25,8 @@ from pipeline.stages.stage import Stage
 from pipeline.store import Store
 from training.base import base_digest
 
-MEASURES: dict[str, Literal["concept", "overall"]] = {
-    "image": "concept",
-    "identity": "concept",
-    "text": "overall",
-    "retention": "overall",
-}
-"""What is gated, by the columns of the scores: each concept by itself, or all images together. Each has its tolerance
-in `Gate`. `retention` is the text alignment of the released model asked for the bare class, which language drift
-lowers."""
-
-
-_CALLED = {
-    "image": "image alignment",
-    "identity": "identity alignment",
-    "text": "text alignment",
-    "retention": "text alignment of the bare class",
-}
+RETENTION = Measure("retention", "text alignment of the bare class", "overall", "retention", lambda _: np.zeros(0))
+"""The text alignment of the released model asked for the bare class, which language drift lowers: drawn apart."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +40,14 @@ class Verdict:
     error: float
     tolerance: float
     passed: bool
+    title: str = ""
 
     def __str__(self) -> str:
         where = self.concept or "overall"
         if self.measure == "presence":
             return f"{where}: in the current release and the catalogue, but it could not be made again"
         return (
-            f"{where}: {_CALLED[self.measure]} changed by {self.change:+.4f} (standard error {self.error:.4f}), "
+            f"{where}: {self.title} changed by {self.change:+.4f} (standard error {self.error:.4f}), "
             f"{'within' if self.passed else 'beyond'} the tolerance of {self.tolerance}"
         )
 
@@ -145,22 +132,24 @@ def judge(
     }
     if not pairs:
         return verdicts
-    for measure, scope in MEASURES.items():
-        tables = pairs if scope == "concept" else {"": pd.concat(pairs.values())}
-        if measure == "retention":  # all that there is to see of a new concept, and lost in the mean of many
+    columns = {name.removesuffix("_new") for table in pairs.values() for name in table if name.endswith("_new")}
+    for measure in (*measures_in(sorted(columns - {"retention"})), RETENTION):
+        tables = pairs if measure.scope == "concept" else {"": pd.concat(pairs.values())}
+        if measure is RETENTION:  # all that there is to see of a new concept, and lost in the mean of many
             tables |= {name: table for name, table in pairs.items() if "image_new" not in table}
         for name, table in tables.items():
-            if f"{measure}_new" in table:
-                difference = (table[f"{measure}_new"] - table[f"{measure}_current"]).dropna().to_numpy()
+            if f"{measure.name}_new" in table:
+                difference = (table[f"{measure.name}_new"] - table[f"{measure.name}_current"]).dropna().to_numpy()
                 verdicts.append(_verdict(measure, name, difference, gate))
     return verdicts
 
 
-def _verdict(measure: str, concept: str, difference: np.ndarray, gate: Gate) -> Verdict:
+def _verdict(measure: Measure, concept: str, difference: np.ndarray, gate: Gate) -> Verdict:
     change, error = float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
-    tolerance: float = getattr(gate, measure)
+    tolerance: float = getattr(gate, measure.tolerance)
     # fails only when even the upper end of the interval has fallen farther than is tolerated
-    return Verdict(measure, concept, change, error, tolerance, change + gate.standard_errors * error >= -tolerance)
+    passed = change + gate.standard_errors * error >= -tolerance
+    return Verdict(measure.name, concept, change, error, tolerance, passed, measure.title)
 
 
 def scores_of(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:

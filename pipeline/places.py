@@ -61,3 +61,7 @@ def located(place: str, folder: str | Path) -> str:
 def is_path(name: str, folder: str | Path) -> bool:
     """Whether a model's name is that of a file or folder, not of a hub's repository."""
     return name.startswith((".", "/", "~")) or os.path.exists(os.path.join(folder, name))
+
+
+CLIP = "clip:"
+"""What stands before an open_clip model where timm's are named, too."""

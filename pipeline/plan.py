@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.checks import check_concepts, check_models, generated_prompt, initializer_of, read_block_list
+from pipeline.evaluation.networks import judge_digest
 from pipeline.merge.constraints import FORMS, PAPER_PROMPTS, row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
 from pipeline.miniature.identity import WEIGHTS as IDENTITY
@@ -258,7 +259,8 @@ class _Wiring:
             # the base knows no token: by whatever a concept goes, the base's images are the same
             phrase=Phrase(concept.token if inputs else "", concept.class_word),
             images=self.digests[concept.name],
-            places=EvaluatePlaces(batch.base_path, clip, batch.training.attention, concept.images),
+            judges=self._other_judges,
+            places=EvaluatePlaces(batch.base_path, clip, batch.training.attention, concept.images, batch.judge_places),
         )
 
     @functools.cached_property
@@ -266,6 +268,11 @@ class _Wiring:
         batch = self.batch
         clip = clip_path(batch.evaluation.clip, batch.folder)
         return {"clip": clip_digest(clip), "judge": file_digest(IDENTITY) if batch.evaluation.identity else ""}
+
+    @functools.cached_property
+    def _other_judges(self) -> dict[str, str] | None:
+        places = self.batch.judge_places
+        return {name: judge_digest(places[name]) for name in self.batch.evaluation.judges} or None
 
     def release(self, inputs: tuple[Stage[Any], ...]) -> Release:
         spec = public_spec(self.batch)
@@ -313,9 +320,16 @@ def public_spec(batch: ConceptBatch) -> dict[str, Any]:
     for way in marked(ConceptBatch, Mark.PRIVATE):
         for section in sections(spec, way[:-1]):
             section.pop(way[-1], None)
+    for way in marked(ConceptBatch, Mark.LATER):
+        for section in sections(spec, way[:-1]):
+            if not section[way[-1]]:  # their defaults are empty
+                del section[way[-1]]
     for way in marked(ConceptBatch, Mark.MODEL):
         for section in sections(spec, way[:-1]):
-            section[way[-1]] = public_name(section[way[-1]])
+            named = section.get(way[-1], {})
+            judges = isinstance(named, dict)
+            if named:
+                section[way[-1]] = {k: public_name(v) for k, v in named.items()} if judges else public_name(named)
     spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
     return spec
 

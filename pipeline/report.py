@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.evaluation.measures import Measure, measures_in
 from pipeline.places import masked
 from pipeline.plan import Plan
 from pipeline.stages.candidates import Candidates
@@ -37,7 +38,6 @@ from retrieval.regularization import RegularizationSet
 from training.images import load_images
 from training.methods import METHODS
 
-SCORES = {"image": "Image alignment", "text": "Text alignment", "identity": "Identity"}
 CHART: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters as text: small, and in the reader's own font
     "svg.hashsalt": "polyconcept",
@@ -107,15 +107,13 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
     All models drew the same prompts from the same seeds, so gains over the base are means of differences image
     by image:
 
-    <image|identity>_gain_<single|merged>       mean difference to the base
-    <image|identity>_gain_<single|merged>_se    the same in standard errors of that mean
+    <measure>_gain_<single|merged>              mean difference to the base, of all measures but text
+    <measure>_gain_<single|merged>_se           the same in standard errors of that mean
     text_ratio_<single|merged>                  text alignment as a share of the base's
     compression_change_<score>                  relative change of the compressed merged model to the exact one, if any
     """
     result = {}
-    for score in SCORES:
-        if score not in table:
-            continue
+    for score in (measure.name for measure in measures_in(table)):
         wide = table.pivot(index=["prompt", "seed"], columns="model", values=score)
         means = wide.mean()
         for model in ("single", "merged"):
@@ -186,7 +184,8 @@ def _overall(concepts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if isinstance(value, float):
             result[key] = float(np.mean([entry[key] for entry in entries]))
         elif isinstance(value, dict) and "samples" in value:
-            result[key] = {s: float(np.mean([entry[key][s] for entry in entries])) for s in SCORES if s in value}
+            means = {m.name: float(np.mean([entry[key][m.name] for entry in entries])) for m in measures_in(value)}
+            result[key] = means
     return result
 
 
@@ -243,7 +242,7 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
         figures=figures,
         concepts=_concepts(plan, store, figures),
         models=names,
-        scores=SCORES,
+        scores={measure.name: _heading(measure) for measure in _measures(figures["concepts"])},
         remarks=_remarks(figures),
         notes=plan.notes,
         base=plan.batch.base,
@@ -362,23 +361,32 @@ def _loss_chart(losses: Sequence[float]) -> str:
 
 def _alignment_charts(concepts: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """Score -> chart of dots with standard errors, a line per concept."""
-    return {score: _dots(score, concepts) for score in SCORES if score in next(iter(concepts.values()))["base"]}
+    return {measure.name: _dots(measure, concepts) for measure in _measures(concepts)}
 
 
-def _dots(score: str, concepts: Mapping[str, dict[str, Any]]) -> str:
+def _measures(concepts: Mapping[str, dict[str, Any]]) -> list[Measure]:
+    """Of what it looks like first, as people ask that first."""
+    return sorted(measures_in(next(iter(concepts.values()))["base"]), key=lambda measure: measure.name == "text")
+
+
+def _heading(measure: Measure) -> str:
+    return measure.title[0].upper() + measure.title[1:]
+
+
+def _dots(measure: Measure, concepts: Mapping[str, dict[str, Any]]) -> str:
     with rc_context(CHART):
         figure = Figure(figsize=(3.6, 0.7 + 0.42 * len(concepts)), layout="constrained")
         axes = figure.subplots()
         for offset, (model, colour) in zip((-0.18, 0, 0.18), COLOURS.items(), strict=True):
             axes.errorbar(
-                [entry[model][score] for entry in concepts.values()],
+                [entry[model][measure.name] for entry in concepts.values()],
                 np.arange(len(concepts)) + offset,
-                xerr=[entry[model][f"{score}_se"] for entry in concepts.values()],
+                xerr=[entry[model][f"{measure.name}_se"] for entry in concepts.values()],
                 fmt="o",
                 markersize=5,
                 color=colour,
             )
-        axes.set_title(SCORES[score], fontsize=10)
+        axes.set_title(_heading(measure), fontsize=10)
         axes.set_ylim(len(concepts) - 0.5, -0.5)
         # `$` would start a formula
         axes.set_yticks(range(len(concepts)), [name.replace("$", r"\$") for name in concepts])

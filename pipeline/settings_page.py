@@ -59,6 +59,8 @@ def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return ", ".join(f"`{value or '(empty)'}`" for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
         return f"list of {_values(schema.get('items', {}), definitions)}"
+    if schema["type"] == "object":
+        return f"name: {_values(schema['additionalProperties'], definitions)}"
     kind = KINDS[schema["type"]]
     bounds = [f"{sign} {_number(schema[key])}" for key, sign in SIGNS.items() if key in schema]
     return f"{kind} {', '.join(bounds)}".strip()
@@ -69,7 +71,7 @@ def _number(value: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", [], {}):
         return "empty"
     if isinstance(value, list):
         return ", ".join(f"`{each}`" for each in value)

@@ -32,7 +32,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.concept_lists import concepts_of
 from pipeline.evaluation.prompts import check_prompt, read_prompts
 from pipeline.mistakes import explain, kinds_of
-from pipeline.places import check_place, is_path, located, masked
+from pipeline.places import CLIP, check_place, is_path, located, masked
 from pipeline.reading import LONGEST_NAME, Written, check_visible, read_written, shown
 from pipeline.release.place import plain_destination
 from training.methods import CUSTOM_DIFFUSION, METHODS
@@ -140,6 +140,8 @@ class Mark(enum.Enum):
     """Prompts, some of which may be files: taken along."""
     PRIVATE = enum.auto()
     """Says where things are or how they are done, not what is made: not published."""
+    LATER = enum.auto()
+    """Came when there were releases already: not published while it is empty, so that these are found again."""
 
 
 def marked(model: type[BaseModel], *marks: Mark) -> Iterator[tuple[str, ...]]:
@@ -444,6 +446,24 @@ class Evaluation(Section):
     """The judge of text and image alignment, an open_clip model as in `retrieval.clip`."""
     identity: Literal["miniature", ""] = ""
     """The miniature's identity judge beside CLIP; empty for none."""
+    judges: Annotated[dict[str, str], Mark.MODEL, Mark.LATER] = Field(default_factory=dict)
+    """More judges of what the concept looks like, each with a column of its own: `dino: vit_small_patch16_224.dino`.
+    A timm model by name or folder, or `clip:` before an open_clip model."""
+
+    @field_validator("judges")
+    @classmethod
+    def _judges_have_names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch("[a-z][a-z0-9_]{0,29}", name) or name in RESERVED or name.endswith("_se"):
+                raise ValueError(
+                    f"a judge's name is a short word of small letters that no measure has; found {shown(name)}"
+                )
+        return value
+
+    @property
+    def all_judges(self) -> dict[str, str]:
+        """Name -> model, the identity judge among them."""
+        return ({"identity": self.identity} if self.identity else {}) | self.judges
 
 
 class Publish(Section):
@@ -473,6 +493,10 @@ class Publish(Section):
         if not known:
             raise ValueError(f"expected a repository of the hub, owner/name; found {shown(value)}")
         return value
+
+
+RESERVED = {"text", "image", "identity", "retention", "presence", "kid", "drift", "moongate", "diversity", "samples"}
+"""Names of measures, and of columns beside them."""
 
 
 def local_folder(value: str) -> str:
@@ -559,6 +583,11 @@ class Settings(Section):
     @property
     def base_path(self) -> str:
         return base_path(self.base, self.folder)
+
+    @property
+    def judge_places(self) -> dict[str, str]:
+        """Judges beside CLIP, name -> place."""
+        return {name: judge_path(model, self.folder) for name, model in self.evaluation.all_judges.items()}
 
     @property
     def corpus(self) -> str:
@@ -671,7 +700,7 @@ class Gate(Section):
     image: float = Field(0.02, ge=0, le=2)
     """Of each concept's image alignment (CLIP cosine)."""
     identity: float = Field(0.05, ge=0, le=2)
-    """Of each concept's identity alignment, where `evaluation.identity` names a judge."""
+    """Of each concept's alignment by `evaluation.identity` and `evaluation.judges`, where there are any (cosine)."""
     text: float = Field(0.01, ge=0, le=2)
     """Of the text alignment over all concepts (CLIP cosine)."""
     retention: float = Field(0.02, ge=0, le=2)
@@ -727,8 +756,18 @@ def _model_path(name: str, folder: str | Path) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(name))) if is_path(name, folder) else name
 
 
+def judge_path(judge: str, folder: str | Path = "") -> str:
+    """The place of a judge of `evaluation.judges`, as `base_path`."""
+    if judge == "miniature":
+        return judge
+    prefix = CLIP if judge.startswith(CLIP) else ""
+    return prefix + _model_path(judge.removeprefix(CLIP), folder)
+
+
 def public_name(model: str) -> str:
     """How a release names a model: as the file does, but of a path that tells of a machine, the last part only."""
+    if model.startswith(CLIP):
+        return CLIP + public_name(model.removeprefix(CLIP))
     return os.path.basename(os.path.normpath(model)) if model.startswith(("/", "~")) else masked(model)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ from pipeline.checks import check_pair
 from pipeline.evaluation.composition import Composed, composition
 from pipeline.evaluation.intervals import Estimate, mean, share
 from pipeline.evaluation.kid import kid
+from pipeline.evaluation.measures import measures_in
 from pipeline.evaluation.networks import clip_tower, unit
 from pipeline.evaluation.prompts import TWO_PLACES, check_prompt
 from pipeline.evaluation.retention import diversity
@@ -49,17 +50,13 @@ from training.backbone import Backbone, load_backbone
 from training.images import list_images
 from training.methods import METHODS
 
-SCORES = ("text", "image", "identity")
 HEADS = {
-    "text": "text alignment",
-    "image": "image alignment",
-    "identity": "identity",
     "kid": "KID × 1000",
     "drift": "class text, change",
     "moongate": "class image, change",
     "diversity": "diversity",
 }
-"""Measure -> head of its column; see docs/evaluation.md."""
+"""Measure of more than an image -> head of its column, after those of images; see docs/evaluation.md."""
 BASE = "base"
 """Variant that every table has: nothing trained."""
 
@@ -307,7 +304,7 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
         scores = pd.concat([_scores(case, concept, store) for case in group for concept in case.stages])
         frames.append(scores)
         found: dict[str, Estimate] = {}
-        for measure in (*SCORES, "drift", "moongate"):
+        for measure in (*_names(scores), "drift", "moongate"):
             if measure in scores:
                 found[measure] = mean(scores[measure].to_numpy())
         distances: list[Estimate] = []
@@ -327,6 +324,15 @@ def results(made: Sequence[Case], store: Store, clip: ClipModel) -> tuple[pd.Dat
             found["diversity"] = _average(spreads)
         summaries += [{"table": table, "variant": variant, "measure": m} | asdict(e) for m, e in found.items()]
     return pd.concat(frames, ignore_index=True), pd.DataFrame(summaries)
+
+
+def _names(columns: Iterable[object]) -> list[str]:
+    """Measures of single images among them."""
+    return [measure.name for measure in measures_in(columns) if measure.name not in HEADS]
+
+
+def _head(measure: str) -> str:
+    return HEADS.get(measure) or next(m.title for m in measures_in([measure]))
 
 
 def _bases(made: Sequence[Case]) -> Iterator[Case]:
@@ -476,8 +482,8 @@ def _pairs_markdown(pairs: pd.DataFrame) -> Iterator[str]:
 
 
 def _markdown(table: Table, own: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
-    measures = [measure for measure in HEADS if measure in set(own.measure)]
-    yield f"| | {' | '.join(HEADS[measure] for measure in measures)} | images | seconds of training a concept | MB |"
+    measures = _names(own.measure.unique()) + [measure for measure in HEADS if measure in set(own.measure)]
+    yield f"| | {' | '.join(map(_head, measures))} | images | seconds of training a concept | MB |"
     yield "| --- " * (len(measures) + 4) + "|"
     for name in (BASE, *(variant.name for variant in table.variants)):
         rows = own[own.variant == name].set_index("measure")
@@ -495,7 +501,7 @@ def _markdown(table: Table, own: pd.DataFrame, costs: pd.DataFrame) -> Iterator[
 
 def _curves(table: Table, own: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
     """Each score against what the table says, a line for each of its lines; the base as a level."""
-    across = [score for score in SCORES if score in set(own.measure)]
+    across = _names(own.measure.unique())
     figure, axes = plt.subplots(1, len(across), figsize=(4.5 * len(across), 4), squeeze=False)
     lines: dict[str, list[str]] = {}
     for variant in table.variants:
@@ -508,7 +514,7 @@ def _curves(table: Table, own: pd.DataFrame, costs: pd.DataFrame, path: Path) ->
             spread = [values.value - values.low, values.high - values.value]
             axis.errorbar(costs.loc[names, table.against], values.value, yerr=spread, fmt="o-", label=line or None)
         axis.axhline(rows.loc[BASE].value, color="k", linestyle=":", label=BASE)
-        axis.set(xlabel=table.against, ylabel=HEADS[score])
+        axis.set(xlabel=table.against, ylabel=_head(score))
         axis.set_xscale("log", base=2 if table.against in ("concepts", "steps") else 10)
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
@@ -518,7 +524,7 @@ def _curves(table: Table, own: pd.DataFrame, costs: pd.DataFrame, path: Path) ->
 
 def _plot(table: Table, own: pd.DataFrame, path: Path) -> None:
     """Text alignment against image alignment (figure 8 of the paper), beside identity where it is measured."""
-    across = [score for score in ("image", "identity") if score in set(own.measure)]
+    across = [score for score in _names(own.measure.unique()) if score != "text"]
     figure, axes = plt.subplots(1, len(across), figsize=(5 * len(across), 4), squeeze=False)
     wide = {measure: rows.set_index("variant") for measure, rows in own.groupby("measure")}
     for axis, score in zip(axes[0], across, strict=True):
@@ -533,7 +539,7 @@ def _plot(table: Table, own: pd.DataFrame, path: Path) -> None:
                 label=variant.name,
             )
         axis.plot([wide[score].loc[BASE].value], [wide["text"].loc[BASE].value], "k*", label=BASE)
-        axis.set(xlabel=f"{HEADS[score]}", ylabel=HEADS["text"])
+        axis.set(xlabel=_head(score), ylabel=_head("text"))
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=100)

@@ -513,8 +513,10 @@ def report_preference(
 
 
 def _print_summary(figures: dict[str, Any]) -> None:
-    """A line per concept: alignment of base, single and merged model."""
-    judge = "identity" if "identity_gain_merged" in figures["overall"] else "image"
+    """A line per concept: alignment of base, single and merged model, by the last judge."""
+    from pipeline.evaluation.measures import measures_in
+
+    judge = [m.name for m in measures_in(figures["overall"]["base"]) if m.name != "text"][-1]
     print(f"\n{'concept':24} {judge + ' alignment':^32} {'text alignment':^26}")
     print(f"{'':24} {'base':>8} {'single':>8} {'merged':>8} {'gain/se':>7} {'base':>8} {'single':>8} {'merged':>8}")
     for name, concept in figures["concepts"].items():

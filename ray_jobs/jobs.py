@@ -18,7 +18,7 @@ from zipfile import ZipFile
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from pipeline.places import located
+from pipeline.places import CLIP, located
 from pipeline.spec import (
     ConceptBatch,
     Mark,
@@ -107,7 +107,8 @@ def _named(written: dict[str, Any]) -> tuple[list[str], list[str]]:
     def named(*marks: Mark) -> list[str]:
         ways = marked(ConceptBatch, *marks)
         given = [section.get(way[-1]) for way in ways for section in sections(written, way[:-1])]
-        return [each for value in given if value for each in one_is_a_list(value)]
+        lists = [value.values() if isinstance(value, dict) else one_is_a_list(value) for value in given if value]
+        return [each.removeprefix(CLIP) for values in lists for each in values]
 
     return named(Mark.IMAGES), named(Mark.FILE, Mark.MODEL) + list(filter(is_suite, named(Mark.SUITES)))
 

@@ -7,20 +7,24 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from pipeline import report, study
+from pipeline import report
+from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import mean
+from pipeline.gate import judge
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.miniature.world import concept_images
 from pipeline.plan import make_plan
 from pipeline.release.formats import check_fits
-from pipeline.spec import MINIATURE, ConceptBatch
-from pipeline.stages.evaluate import Evaluate
+from pipeline.spec import MINIATURE, ConceptBatch, Gate
+from pipeline.stages.evaluate import measures as means_of
 from pipeline.stages.train import Train
+from retrieval.clip import load_clip
 from training.loop import train
 from training.methods import METHODS
 from training.run import Member
@@ -59,13 +63,23 @@ def test_a_training_method(backbone, pico, concepts, settings, tmp_path, monkeyp
     assert weights.deltas and all(".attn2." in name and delta.any() for name, delta in weights.deltas.items())
 
 
-def test_a_measure():
+def test_a_measure(monkeypatch):
+    """Once it is registered, tables, reports, studies and the gate know it."""
+    measure = recipe("measure")["MEASURE"]
+    monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, measure))
     blank, noise = Image.new("RGB", (8, 8), "red"), Image.fromarray(np.eye(8, dtype=np.uint8) * 255)
-    values = recipe("measure")["sharpness"]([blank, noise, noise])
+    clip = load_clip(str(MINIATURE / "clip"))
+    judged = measures.Judged([blank, noise, noise], ["photo of a cat"] * 3, [noise], clip, {})
+    values = measures.scores(judged)["sharpness"]
     assert values.shape == (3,) and values[0] == 0 < values[1] == values[2]
     assert mean(values).value == pytest.approx(values.mean())
-    # the places that the recipe names
-    assert "text" in report.SCORES and "text" in study.SCORES and Evaluate.version > 0
+    rows = {"prompt": "photo of a {}", "seed": range(3), **measures.scores(judged)}
+    table = pd.concat([pd.DataFrame({"model": model, **rows}) for model in ("base", "single", "merged")])
+    assert means_of([table])["merged"]["sharpness"] == pytest.approx(values.mean())
+    assert report.compare(table)["sharpness_gain_merged"] == 0
+    own = table[table.model == "merged"].drop(columns="model")
+    (verdict,) = [v for v in judge(Gate(), {"a": own.assign(sharpness=0.0)}, {"a": own}, []) if not v.passed]
+    assert verdict.measure == "sharpness" and "a: sharpness changed by -" in str(verdict)
 
 
 def test_an_exporter(backbone, tmp_path):

@@ -3,6 +3,8 @@ the miniature's identity judge."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.miniature.identity import load_identity
-from retrieval.clip import ClipModel
+from pipeline.miniature.identity import WEIGHTS, load_identity
+from pipeline.places import CLIP
+from retrieval.clip import ClipModel, check_clip, clip_digest, load_clip
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,33 @@ def identity_judge() -> ImageNetwork:
     return ImageNetwork("miniature identity judge", load_identity(), transform, torch.device("cpu"))
 
 
+@functools.lru_cache(maxsize=4)
+def load_judge(model: str) -> ImageNetwork:
+    """A judge by what a batch file calls it: `miniature`, a timm model (see `load_timm`), or the image tower of an
+    open_clip model, which `clip:` stands before.
+
+    Raises: ValueError when it cannot be had.
+    """
+    if model == "miniature":
+        return identity_judge()
+    return clip_tower(load_clip(model.removeprefix(CLIP))) if model.startswith(CLIP) else load_timm(model)
+
+
+def check_judge(model: str) -> None:
+    """See that a judge can be had, without loading it, as far as that is known here; see `load_judge`."""
+    if model.startswith(CLIP):
+        check_clip(model.removeprefix(CLIP))
+    elif model != "miniature":
+        _timm_name(model)
+
+
+def judge_digest(model: str) -> str:
+    """What a judge is, without loading it: a hash of its files, or its name."""
+    if model == "miniature":
+        return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    return clip_digest(model.removeprefix(CLIP))
+
+
 def load_timm(model: str) -> ImageNetwork:
     """Load a timm model without its classifier, on CUDA when there is one.
 
@@ -72,18 +102,9 @@ def load_timm(model: str) -> ImageNetwork:
     Raises:
         ValueError: the name is unknown, a file is missing, or the weights cannot be had.
     """
+    name = _timm_name(model)
     import timm  # takes seconds, and few ask for it
 
-    name = model
-    if Path(model).is_dir() or model.startswith((".", "/")):
-        missing = [f for f in ("config.json", "model.safetensors") if not (Path(model) / f).is_file()]
-        if missing:
-            raise ValueError(f"timm directory {model}: no {' and no '.join(missing)} there")
-        name = f"local-dir:{model}"
-    elif model not in timm.list_pretrained():
-        raise ValueError(
-            f"timm model {model!r}: give <name>.<pretrained tag> as timm.list_pretrained() has it, or a folder"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0).eval().requires_grad_(False).to(device)
@@ -91,3 +112,20 @@ def load_timm(model: str) -> ImageNetwork:
         raise ValueError(f"timm model {model!r} could not be loaded: {error}") from error
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
     return ImageNetwork(model, network, transform, device)
+
+
+def _timm_name(model: str) -> str:
+    """How timm calls a model, see `load_timm`. Raises: ValueError when there is none."""
+    if Path(model).is_dir() or model.startswith((".", "/")):
+        missing = [f for f in ("config.json", "model.safetensors") if not (Path(model) / f).is_file()]
+        if missing:
+            raise ValueError(f"timm directory {model}: no {' and no '.join(missing)} there")
+        return f"local-dir:{model}"
+    import timm
+
+    if model not in timm.list_pretrained():
+        raise ValueError(
+            f"timm model {model!r}: give <name>.<pretrained tag> as timm.list_pretrained() has it, or a folder; an "
+            "open_clip model is given as clip:<name>/<pretrained tag>"
+        )
+    return model

@@ -15,7 +15,8 @@ import pandas as pd
 
 from pipeline.cost.estimate import Device, Estimate
 from pipeline.cost.model_size import ModelSize
-from pipeline.evaluation.alignment import Judges, scores
+from pipeline.evaluation.measures import Judged, measures_in, scores
+from pipeline.evaluation.networks import load_judge
 from pipeline.stages.drawn import Draw, Drawn, DrawPlaces, Phrase
 from pipeline.stages.resident import planned_images
 from pipeline.stages.stage import Context
@@ -23,8 +24,6 @@ from retrieval.clip import load_clip
 
 if TYPE_CHECKING:
     from pipeline.cost.cluster import Forecast, Phase
-
-SCORES = ("text", "image", "identity")
 
 
 class Scores(Drawn):
@@ -40,6 +39,8 @@ class Scores(Drawn):
 @dataclass(frozen=True)
 class EvaluatePlaces(DrawPlaces):
     images: tuple[str, ...]
+    judges: dict[str, str]
+    """Name -> model, the identity judge among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Evaluate(Draw[Scores]):
     phrase: Phrase
     images: tuple[str, ...]
     """Digests of the concept's own."""
+    judges: dict[str, str] | None = None
+    """Name -> digest of each that `judge` is not."""
     places: EvaluatePlaces
 
     def of_bare_class(self) -> Evaluate:
@@ -58,10 +61,10 @@ class Evaluate(Draw[Scores]):
         return dataclasses.replace(self, name=f"{self.name}, bare class", phrase=Phrase("", self.phrase.class_word))
 
     def run(self, context: Context) -> None:
-        judges = Judges.load(load_clip(self.places.clip), self.evaluation.identity)
+        clip, judges = load_clip(self.places.clip), {n: load_judge(model) for n, model in self.places.judges.items()}
         own = planned_images(self.places.images, self.images)
         drawn, images = self.draw(context, [self.phrase])
-        values = scores(judges, images, drawn["plain"].tolist(), own.images)
+        values = scores(Judged(images, drawn["plain"].tolist(), own.images, clip, judges))
         drawn.drop(columns="plain").assign(**values).to_parquet(Scores(context.out).file)
 
     def estimate(self, model: ModelSize, device: Device, together: int = 1) -> Estimate:
@@ -102,14 +105,13 @@ def measures(tables: Iterable[pd.DataFrame]) -> dict[str, dict[str, float]]:
     result = {}
     for model, rows in pd.concat(tables).groupby("model", sort=False):
         entry: dict[str, float] = {"samples": len(rows)}
-        for score in SCORES:
-            if score in rows:
-                entry[score] = float(rows[score].mean())
-                entry[f"{score}_se"] = float(rows[score].std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else 0.0
+        for score in (measure.name for measure in measures_in(rows)):
+            entry[score] = float(rows[score].mean())
+            entry[f"{score}_se"] = float(rows[score].std(ddof=1) / np.sqrt(len(rows))) if len(rows) > 1 else 0.0
         result[str(model)] = entry
     return result
 
 
 def score_columns(entry: dict[str, float]) -> dict[str, float]:
     """Of one model's measures, the scores alone."""
-    return {score: entry[score] for score in SCORES if score in entry}
+    return {measure.name: entry[measure.name] for measure in measures_in(entry)}

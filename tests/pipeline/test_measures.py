@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -10,18 +12,23 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from timm.models import save_for_hf
 
+from pipeline.batch import run
 from pipeline.evaluation import intervals, retention
-from pipeline.evaluation.alignment import Judges, scores
 from pipeline.evaluation.composition import Composed, appearance, composition, windows
 from pipeline.evaluation.kid import kid
-from pipeline.evaluation.networks import clip_tower, identity_judge, load_timm, unit
+from pipeline.evaluation.measures import Judged, scores
+from pipeline.evaluation.networks import clip_tower, identity_judge, judge_digest, load_judge, load_timm, unit
 from pipeline.evaluation.prompts import TWO_PLACES, read_prompts
 from pipeline.miniature.identity import load_identity
 from pipeline.miniature.world import Scene, Sprite, concept_images, render
-from pipeline.spec import MINIATURE
+from pipeline.plan import make_plan
+from pipeline.runner import Local
+from pipeline.spec import MINIATURE, load_batch
+from pipeline.stages.evaluate import Evaluate
 from retrieval.clip import ClipModel, load_clip
 
 
@@ -62,7 +69,13 @@ def test_alignment_is_the_cosine_image_by_image(clip, dino_folder):
     folder, dino = dino_folder
     generated, real = pictures(3, 1), pictures(2, 2)
     texts = ["photo of a cow", "a cow in the snow", "photo of a cow"]
-    found = scores(Judges.load(clip, "miniature", str(folder)), generated, texts, real)
+    judges = {
+        "identity": load_judge("miniature"),
+        "dino": load_judge(str(folder)),
+        "other": load_judge(f"clip:{MINIATURE / 'clip'}"),
+    }
+    found = scores(Judged(generated, texts, real, clip, judges))
+    np.testing.assert_allclose(found["other"], found["image"], rtol=1e-6)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{MINIATURE / 'clip'}")
     tokenize, model = open_clip.get_tokenizer(f"local-dir:{MINIATURE / 'clip'}"), model.eval()
     identity = load_identity()
@@ -83,6 +96,40 @@ def test_alignment_is_the_cosine_image_by_image(clip, dino_folder):
         ):
             each = [cosine(encode(image), encode(other)).item() for other in real]
             assert found[name][i] == pytest.approx(np.mean(each), abs=1e-5), name
+
+
+def test_judges_of_ones_own(dino_folder, pico, tmp_path):
+    """Each has a column wherever the measures are: scores, report, release; what cannot be had is said by the plan."""
+    (tmp_path / "cow").mkdir()
+    for i, image in enumerate(pictures(2, 1)):
+        image.save(tmp_path / "cow" / f"{i}.png")
+    (tmp_path / "dino").symlink_to(dino_folder[0])
+    content = {
+        "base": str(pico),
+        "output": str(tmp_path / "out"),
+        "concepts": [{"name": "cow", "images": "cow", "class_word": "cow"}],
+        "training": {"steps": 1, "batch_size": 2, "views": 2, "regularization": "none"},
+        "evaluation": {"clip": str(MINIATURE / "clip"), "samples": 2, "steps": 1, "judges": {"dino": "dino"}},
+    }
+    (tmp_path / "batch.yaml").write_text(yaml.safe_dump(content))
+    batch = load_batch(tmp_path / "batch.yaml")
+    made = run(batch, Local())
+    assert 0 < abs(made.summary["concepts"]["cow"]["dino_gain_merged"]) < 1
+    assert "Dino alignment" in (made.report.read_text() if made.report else "")
+    manifest = json.loads((Path(made.release) / "manifest.json").read_text())
+    assert {"text", "image", "dino"} == set(manifest["provenance"]["measures"]["overall"])
+    assert manifest["provenance"]["spec"]["evaluation"]["judges"] == {"dino": "dino"}
+    (merged,) = [stage for stage in make_plan(batch).of(Evaluate) if stage.model == "merged"]
+    assert merged.judges == {"dino": judge_digest(str(dino_folder[0]))}
+    for judges, message in (
+        ({"dino": "vit_no"}, r"evaluation\.judges\.dino: timm model 'vit_no': give"),
+        ({"dino": "clip:no/such"}, r"evaluation\.judges\.dino: CLIP model"),
+        ({"text": "dino"}, "evaluation.judges: a judge's name"),
+    ):
+        evaluation = content["evaluation"] | {"judges": judges}
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content | {"evaluation": evaluation}))
+        with pytest.raises(ValueError, match=message):
+            make_plan(load_batch(tmp_path / "bad.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def evaluation(batch: ConceptBatch, concept: Concept, model: Model, inputs: tupl
         concept=concept.name,
         phrase=Phrase(concept.token, concept.class_word),
         images=(),
-        places=EvaluatePlaces("base", "clip", "auto", concept.images),
+        places=EvaluatePlaces("base", "clip", "auto", concept.images, {}),
     )
 
 

@@ -435,5 +435,5 @@ def test_every_place_is_sent_and_none_is_published():
     assert private == {field.name for field in dataclasses.fields(Train.Places)} - {"base"}
     sent = {".".join(way) for way in marked(ConceptBatch, Mark.FILE, Mark.MODEL)}
     files = {"retrieval.corpus", "retrieval.block_list", "training.deepspeed.config"}
-    assert sent == files | {"base", "retrieval.clip", "evaluation.clip"}
+    assert sent == files | {"base", "retrieval.clip", "evaluation.clip", "evaluation.judges"}
     assert set(marked(ConceptBatch, Mark.SUITES)) == {("evaluation", "prompts"), ("concepts", "*", "prompts")}
