@@ -62,7 +62,7 @@ class Plan:
         return release
 
     def evaluations(self) -> dict[str, dict[Model, Evaluate]]:
-        """Concept -> model (`merged_full` where the merge has exact factors) -> its stage."""
+        """Concept -> model -> its stage."""
         found: dict[str, dict[Model, Evaluate]] = {}
         for stage in self.of(Evaluate):
             found.setdefault(stage.concept, {})[stage.model] = stage
@@ -234,12 +234,10 @@ class _Wiring:
         return [*constraints, *sums, merge]
 
     def evaluations(self, trained: Sequence[Train], merge: Stage[Any]) -> list[Evaluate]:
-        has_factors = METHODS[self.batch.training.method].unet == "text_kv"
         found = []
         for concept in self.batch.concepts:
             alone = tuple(training for training in trained if concept.name in training.concepts)
             found += [self._evaluate(concept, "base", ()), self._evaluate(concept, "single", alone)]
-            found += [self._evaluate(concept, "merged_full", (merge,))] if has_factors else []
             found.append(self._evaluate(concept, "merged", (merge,)))
         return found
 

@@ -110,7 +110,6 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
     <measure>_gain_<single|merged>              mean difference to the base, of all measures but text
     <measure>_gain_<single|merged>_se           the same in standard errors of that mean
     text_ratio_<single|merged>                  text alignment as a share of the base's
-    compression_change_<score>                  relative change of the compressed merged model to the exact one, if any
     """
     result = {}
     for score in (measure.name for measure in measures_in(table)):
@@ -124,8 +123,6 @@ def compare(table: pd.DataFrame) -> dict[str, float]:
                 error = gain.std(ddof=1) / np.sqrt(len(gain))
                 result[f"{score}_gain_{model}"] = float(gain.mean())
                 result[f"{score}_gain_{model}_se"] = _ratio(gain.mean(), error)
-        if "merged_full" in means:
-            result[f"compression_change_{score}"] = _ratio(means["merged"], means["merged_full"]) - 1
     return result
 
 
@@ -190,7 +187,7 @@ def _overall(concepts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _worst(concepts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Comparison -> the concept with the lowest value; of `compression_change_…`, the one farthest from 0."""
+    """Comparison -> the concept with the lowest value."""
     result = {}
     for key, value in next(iter(concepts.values())).items():
         if not isinstance(value, float):
@@ -198,7 +195,7 @@ def _worst(concepts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         values = {name: entry[key] for name, entry in concepts.items()}
         if any(math.isnan(v) for v in values.values()):
             continue
-        name = min(values, key=lambda n: -abs(values[n]) if key.startswith("compression") else values[n])
+        name = min(values, key=lambda n: values[n])
         result[key] = {"concept": name, "value": values[name]}
     return result
 
@@ -233,11 +230,8 @@ def write_report(plan: Plan, store: Store, release: str, path: Path) -> None:
     names = {
         "base": "Base",
         "single": "Joint" if plan.batch.training.composition == "joint" else "Alone",
-        "merged_full": "Merged, exact",
         "merged": "Released" if kept else "Merged",
     }
-    if kept:
-        del names["merged_full"]
     page = environment.get_template("report.html.jinja").render(
         figures=figures,
         concepts=_concepts(plan, store, figures),

@@ -20,8 +20,8 @@ from pipeline.stages.train import Train
 from training.attention import use_attention
 from training.weights import ConceptWeights
 
-Model = Literal["base", "single", "merged_full", "merged"]
-"""`merged` is what is released, `merged_full` its exact factors."""
+Model = Literal["base", "single", "merged"]
+"""`single` is a concept by itself, `merged` what is released."""
 
 
 class Phrase(NamedTuple):
@@ -95,7 +95,7 @@ class Draw(Stage[MadeDrawn], Generic[MadeDrawn]):
         sources: list[Released | Merge] = [*self.inputs_of(Released), *self.inputs_of(Merge)]
         (source,) = sources
         files = source.result(context.store)
-        return files.full() if self.model == "merged_full" else files.model()
+        return files.model()
 
     def draw(self, context: Context, phrases: Sequence[Phrase]) -> tuple[pd.DataFrame, list[Image.Image]]:
         """Draw the prompts, and keep the images. phrases: of each concept in a prompt.

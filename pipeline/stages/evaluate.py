@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from pipeline.cost.estimate import Device, Estimate
 from pipeline.cost.model_size import ModelSize
 from pipeline.evaluation.measures import Judged, measures_in, scores
 from pipeline.evaluation.networks import load_judge
-from pipeline.stages.drawn import Draw, Drawn, DrawPlaces, Phrase
+from pipeline.stages.drawn import Draw, Drawn, DrawPlaces, Model, Phrase
 from pipeline.stages.resident import planned_images
 from pipeline.stages.stage import Context
 from retrieval.clip import load_clip
@@ -74,7 +74,7 @@ class Evaluate(Draw[Scores]):
 
     @classmethod
     def phase(cls, forecast: Forecast) -> Phase | None:
-        f, tasks = forecast, forecast.concepts * _models(forecast)
+        f, tasks = forecast, forecast.concepts * MODELS
         # a task for each concept and model; its own weights, and on each node the merged model
         moved = tasks * _drawn(f) * f.image_bytes + (f.concepts + f.cluster.nodes) * f.weights_bytes
         return f.phase(
@@ -85,8 +85,7 @@ class Evaluate(Draw[Scores]):
         )
 
 
-def _models(forecast: Forecast) -> int:
-    return 4 if forecast.method.unet == "text_kv" else 3
+MODELS = len(get_args(Model))
 
 
 def _drawn(forecast: Forecast) -> float:
@@ -97,7 +96,7 @@ def _drawn(forecast: Forecast) -> float:
 
 def drawn_bytes(forecast: Forecast) -> float:
     """Of all images."""
-    return forecast.concepts * _models(forecast) * _drawn(forecast) * forecast.image_bytes
+    return forecast.concepts * MODELS * _drawn(forecast) * forecast.image_bytes
 
 
 def measures(tables: Iterable[pd.DataFrame]) -> dict[str, dict[str, float]]:

@@ -31,24 +31,21 @@ from training.weights import ConceptWeights
 EVIL = "<script>alert('x')</script>"
 PROMPTS = ("photo of a {}", "{} in the snow")
 RELEASE = "s3://models/demo/v0001"
-MODELS = {"base": (), "single": ("train",), "merged_full": ("merge",), "merged": ("merge",)}
+MODELS = {"base": (), "single": ("train",), "merged": ("merge",)}
 MEASURED = {  # two prompts of two seeds each
     "image": {
         "base": [0.5, 0.6, 0.4, 0.5],
         "single": [0.6, 0.8, 0.5, 0.7],  # differences 0.1, 0.2, 0.1, 0.2
-        "merged_full": [0.6, 0.6, 0.6, 0.6],
         "merged": [0.7, 0.6, 0.5, 0.624],
     },
     "text": {
         "base": [0.2, 0.2, 0.3, 0.3],
         "single": [0.2, 0.2, 0.25, 0.25],
-        "merged_full": [0.2, 0.2, 0.3, 0.2],
         "merged": [0.2, 0.2, 0.3, 0.2],
     },
     "identity": {
         "base": [0.1, 0.1, 0.1, 0.1],
         "single": [0.3, 0.3, 0.3, 0.3],
-        "merged_full": [0.2, 0.4, 0.2, 0.4],
         "merged": [0.2, 0.4, 0.2, 0.4],
     },
 }
@@ -187,8 +184,6 @@ def test_comparisons_are_paired_by_prompt_and_seed() -> None:
     assert compared["identity_gain_merged_se"] == pytest.approx(0.2 / (np.sqrt(0.04 / 3) / 2))
     assert compared["text_ratio_single"] == pytest.approx(0.9)
     assert compared["text_ratio_merged"] == pytest.approx(0.9)
-    assert compared["compression_change_image"] == pytest.approx(0.01)
-    assert compared["compression_change_text"] == pytest.approx(0)
 
 
 def test_a_gain_without_spread_has_no_standard_error() -> None:
@@ -203,13 +198,13 @@ def test_summary(tmp_path: Path) -> None:
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
     assert (figures["name"], figures["release"]) == ("demo", RELEASE)
     assert figures["seconds"]["train"] == {"cat": 10.0, f"evil {EVIL}": 10.0}
-    assert figures["seconds_per_kind"] == {"regularization": 2.5, "train": 20.0, "merge": 1.5, "evaluate": 8.0}
-    assert figures["seconds_total"] == 32.0
+    assert figures["seconds_per_kind"] == {"regularization": 2.5, "train": 20.0, "merge": 1.5, "evaluate": 6.0}
+    assert figures["seconds_total"] == 30.0
     cat, evil = figures["concepts"].values()
     assert (cat["token"], cat["class_word"]) == ("<new1>", f"cat {EVIL}")
     assert cat["base"]["image"] == pytest.approx(0.5)
     assert cat["base"]["image_se"] == pytest.approx(np.std(MEASURED["image"]["base"], ddof=1) / 2)
-    assert set(cat) >= {"base", "single", "merged_full", "merged"}
+    assert set(cat) >= {"base", "single", "merged"}
     assert cat["regularization"]["statuses"] == {"failed_to_download": 2, "success": 3}
     assert (cat["regularization"]["asked"], cat["regularization"]["got"]) == (5, 3)
     assert "regularization" not in evil

@@ -473,7 +473,7 @@ def test_the_main_job_and_its_commands(batch, tmp_path, capsys):
     assert set(figures["concepts"]) == {"outlined-cat", "flat-turtle"}
     for concept in figures["concepts"].values():
         assert concept["regularization"]["got"] == 6
-        assert {"base", "single", "merged_full", "merged"} <= set(concept)
+        assert {"base", "single", "merged"} <= set(concept)
     assert figures["merge"]["form"] == "soft" and figures["drift"]["before"] <= 0.1 + 1e-9
     assert set(figures["unseen"]) == set(figures["concepts"]) and set(figures["moved"]) == {"words", "padding", "empty"}
     assert (tmp_path / "runs/small/report.html").stat().st_size > 10_000
