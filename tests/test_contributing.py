@@ -20,7 +20,7 @@ from pipeline.gate import judge
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.miniature.world import concept_images
 from pipeline.plan import make_plan
-from pipeline.release.formats import check_fits
+from pipeline.release import formats
 from pipeline.spec import MINIATURE, ConceptBatch, Gate
 from pipeline.stages.evaluate import measures as means_of
 from pipeline.stages.train import Train
@@ -82,18 +82,20 @@ def test_a_measure(monkeypatch):
     assert verdict.measure == "sharpness" and "a: sharpness changed by -" in str(verdict)
 
 
-def test_an_exporter(backbone, tmp_path):
+def test_an_exporter(backbone, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     left = {n: torch.randn(len(layer.weight), 2, generator=generator) for n, layer in backbone.layers.items()}
     width = next(iter(backbone.layers.values())).weight.shape[1]
     merged = MergedModel(left, {SHARED: torch.randn(2, width, generator=generator)}, {})
-    check_fits(merged, backbone.pipe)
-    write = recipe("exporter")["write_dense"]
-    first = write(merged, backbone.pipe, tmp_path).read_bytes()
-    assert write(merged, backbone.pipe, tmp_path).read_bytes() == first
+    exporter = recipe("exporter")["EXPORTER"]
+    monkeypatch.setattr(formats, "EXPORTERS", (exporter,))
+    merged_file, dense = formats.write_formats(merged, backbone.pipe, tmp_path, "two")
+    assert (merged_file.name, dense.name) == ("merged.safetensors", "dense.safetensors")
+    first = dense.read_bytes()
+    assert exporter.write(merged, backbone.pipe, tmp_path, "two")[0].read_bytes() == first
     wrong = MergedModel(left, {SHARED: torch.ones(2, width + 1)}, {})
     with pytest.raises(RuntimeError, match=r"dense.safetensors: .* did not arrive"):
-        write(wrong, backbone.pipe, tmp_path)
+        exporter.write(wrong, backbone.pipe, tmp_path, "two")
 
 
 def test_files_that_the_recipes_name():

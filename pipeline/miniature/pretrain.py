@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.miniature import world
 from pipeline.miniature.identity import IdentityNet
-from pipeline.release.formats import save_text_encoder
+from pipeline.release.formats.whole import save_text_encoder
 from training.checkpoint import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 
 PACKAGE = Path(__file__).parent

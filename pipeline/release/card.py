@@ -17,7 +17,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.release.formats import CUSTOM_DIFFUSION, LORA, file_stem, token_files
+from pipeline.release.formats import EXPORTERS
+from pipeline.release.formats.names import LORA, file_stem, token_files
 from training.methods import METHODS
 
 CARD = "README.md"
@@ -123,8 +124,7 @@ def write_card(
         load_tokens=_load_tokens(files, two_encoders),
         words=[(_cell(token), word) for token, word in words.items()],
         two_encoders=two_encoders,
-        custom_diffusion=CUSTOM_DIFFUSION,
-        lora=LORA,
+        snippets=[exporter.snippet for exporter in EXPORTERS if exporter.snippet],
         tested=", ".join(f"{package} {importlib.metadata.version(package)}" for package in LOADERS),
     )
     path = folder / CARD
@@ -244,9 +244,11 @@ Licence of these weights: {{ license }}. What is made with them also falls under
 
 Run in this folder, or set `RELEASE` to where it is. Loaded back with {{ tested }}.
 {%- if has_lora %} Either way below gives the same pictures but for rounding; the LoRA is exact and the smaller.
-
-### As a LoRA
-
+{% for snippet in snippets %}
+### {{ snippet.title }}
+{% if snippet.before %}
+{{ snippet.before }}
+{% endif %}
 ```python
 {{ "from importlib.resources import files\n\n" if is_miniature }}import torch
 from diffusers import DiffusionPipeline
@@ -257,34 +259,15 @@ RELEASE = "."
 
 pipe = DiffusionPipeline.from_pretrained(BASE)
 pipe.to(torch.float32)  # with a GPU: pipe.to("cuda", torch.float16)
-pipe.load_lora_weights(RELEASE, weight_name="{{ lora }}")
+{{ snippet.load }}
 {{ load_tokens }}
 image = pipe({{ prompt_code }}).images[0]
-image.save("lora.png")
+image.save("image.png")
 ```
-
-With peft alone: `PeftModel.from_pretrained(pipe.unet, RELEASE)`.
-
-### As Custom Diffusion weights
-
-`_pipeline=pipe` is needed: without it diffusers reads the file and installs nothing
-([diffusers#9320](https://github.com/huggingface/diffusers/issues/9320)).
-
-```python
-{{ "from importlib.resources import files\n\n" if is_miniature }}import torch
-from diffusers import DiffusionPipeline
-{{- "\nfrom safetensors.torch import load_file" if two_encoders }}
-
-BASE = {{ base_code }}
-RELEASE = "."
-
-pipe = DiffusionPipeline.from_pretrained(BASE)
-pipe.to(torch.float32)  # with a GPU: pipe.to("cuda", torch.float16)
-pipe.unet.load_attn_procs(RELEASE, weight_name="{{ custom_diffusion }}", _pipeline=pipe)
-{{ load_tokens }}
-image = pipe({{ prompt_code }}).images[0]
-image.save("custom_diffusion.png")
-```
+{% if snippet.after %}
+{{ snippet.after }}
+{% endif %}
+{%- endfor %}
 {%- else %}
 
 ```python

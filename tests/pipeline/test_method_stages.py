@@ -15,7 +15,7 @@ from pipeline.merge.constraints import constraint_of
 from pipeline.merge.files import load_change
 from pipeline.miniature.world import concept_images
 from pipeline.plan import Plan, make_plan
-from pipeline.release.formats import token_files
+from pipeline.release.formats.names import token_files
 from pipeline.release.publish import publish, verify
 from pipeline.report import summary, write_report
 from pipeline.sampling import draw

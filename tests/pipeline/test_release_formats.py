@@ -17,9 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pipeline.merge.factors import SHARED, MergedModel
-from pipeline.release import formats
 from pipeline.release.card import CardConcept, write_card
-from pipeline.release.formats import file_stem, kohya_name, save_text_encoder, token_files, write_formats
+from pipeline.release.formats import write_formats
+from pipeline.release.formats.custom_diffusion import write_custom_diffusion
+from pipeline.release.formats.kohya import kohya_metadata, kohya_name
+from pipeline.release.formats.lora import check_lora
+from pipeline.release.formats.names import LORA, RESERVED, file_stem, token_files
+from pipeline.release.formats.tokens import write_tokens
+from pipeline.release.formats.whole import save_text_encoder
 from training.backbone import text_kv_layers
 from training.checkpoint import save_tensors
 
@@ -140,7 +145,7 @@ def test_a_fresh_process_with_diffusers_alone_draws_the_same(
     program = PROGRAM.format(code=code, prompt=PROMPT, out=str(out))
     done = subprocess.run([sys.executable, "-c", program], cwd=downloaded, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert Image.open(downloaded / f"{way.lower().replace(' ', '_')}.png").size == (64, 64)
+    assert Image.open(downloaded / "image.png").size == (64, 64)
     image = load_file(out)["image"]
     ours = draw(applied(merged))
     assert (image - ours).abs().max() < tolerance
@@ -259,8 +264,8 @@ def test_ranks_that_differ_from_layer_to_layer(pipe: StableDiffusionPipeline, tm
     merged = merged_for(pipe, shared=False)
     write_formats(merged, pipe, tmp_path, "pets")  # its load-back compares every layer's change, scale included
     # and without the ranks in the file's metadata
-    save_file(load_file(tmp_path / formats.LORA), tmp_path / "bare.safetensors")
-    formats._check_lora(merged, pipe, tmp_path / "bare.safetensors")
+    save_file(load_file(tmp_path / LORA), tmp_path / "bare.safetensors")
+    check_lora(merged, pipe, tmp_path / "bare.safetensors")
     kohya = load_file(tmp_path / "comfyui" / "pets.safetensors")
     assert {v.item() for k, v in kohya.items() if k.endswith(".alpha")} == {4.0}
 
@@ -269,7 +274,7 @@ def test_a_change_of_a_few_layers(pipe: StableDiffusionPipeline, merged: MergedM
     layer = merged.layers[0]
     few = MergedModel({layer: merged.left[layer]}, merged.right, {})
     write_formats(few, pipe, tmp_path, "pets")
-    assert len(load_file(tmp_path / formats.LORA)) == 2
+    assert len(load_file(tmp_path / LORA)) == 2
 
 
 def test_another_base_is_refused(pipe: StableDiffusionPipeline, merged: MergedModel, tmp_path: Path) -> None:
@@ -296,19 +301,19 @@ def test_another_base_is_refused(pipe: StableDiffusionPipeline, merged: MergedMo
 def test_files_that_do_not_arrive_are_found(
     pipe: StableDiffusionPipeline, merged: MergedModel, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lora = load_file(release / formats.LORA)
+    lora = load_file(release / LORA)
     some = tmp_path / "some.safetensors"
     save_file({k: v for k, v in lora.items() if merged.layers[0] not in k}, some)
     with pytest.raises(RuntimeError, match="did not arrive"):
-        formats._check_lora(merged, pipe, some)
+        check_lora(merged, pipe, some)
     save_file({k: v * 2 if "lora_B" in k else v for k, v in lora.items()}, some)
     with pytest.raises(RuntimeError, match="wrong scale"):
-        formats._check_lora(merged, pipe, some)
+        check_lora(merged, pipe, some)
     # diffusers without `_pipeline`: reads the file, installs nothing (diffusers#9320)
     load = pipe.unet.load_attn_procs
     monkeypatch.setattr(pipe.unet, "load_attn_procs", lambda *a, _pipeline, **k: load(*a, **k))
     with pytest.raises(RuntimeError, match="did not arrive"):
-        formats.write_custom_diffusion(merged, pipe, tmp_path)
+        write_custom_diffusion(merged, pipe, tmp_path, "one")
 
 
 def test_file_names() -> None:
@@ -326,7 +331,7 @@ def test_file_names() -> None:
     assert file_stem("v1.5-pets") == "v1.5-pets"
     for name in ("con", "NUL", "com1.x", "a" * 200):  # Windows' devices, and what is too long beside a suffix
         assert file_stem(name) != name and len(file_stem(name)) < 100
-        assert not formats.RESERVED.fullmatch(file_stem(name)) and file_stem(file_stem(name)) == file_stem(name)
+        assert not RESERVED.fullmatch(file_stem(name)) and file_stem(file_stem(name)) == file_stem(name)
 
 
 # What transformers 4 calls the weights of a CLIP text model; 5 takes these, too.
@@ -429,7 +434,7 @@ def test_the_lora_says_what_it_is_for(
         unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width, addition_embed_type=embedding)),
         scheduler=SimpleNamespace(config=SimpleNamespace(prediction_type=prediction)),
     )
-    found = formats.kohya_metadata(pipe, "pets", 5)
+    found = kohya_metadata(pipe, "pets", 5)
     assert (found["ss_base_model_version"], found["ss_v2"], found["ss_output_name"]) == (version, v2, "pets")
     assert (found["modelspec.architecture"], found["ss_network_dim"]) == (architecture, "5")
 
@@ -457,7 +462,7 @@ def test_many_tokens_are_checked_at_once(pipe: StableDiffusionPipeline, tmp_path
             "resize_token_embeddings",
             lambda self, *args, **kwargs: resized.append(args) or resize(self, *args, **kwargs),
         )
-        assert len(formats.write_tokens(merged, pipe, tmp_path, "pets")) == 400
+        assert len(write_tokens(merged, pipe, tmp_path, "pets")) == 400
     assert len(resized) == 1
 
 
