@@ -183,13 +183,12 @@ def plan(
     captions: Annotated[
         int | None, typer.Option(min=1, max=10**12, help="With --cluster: rows of the corpus; a million by default.")
     ] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="A line for each stage, with its key in the store.")] = False,
 ) -> None:
-    """Print the stages, what is done already, and what the rest will cost. Does nothing."""
-    from pipeline.cost.of_plan import estimates
+    """Print what there is to do, what is done already, and what the rest will cost. Does nothing."""
+    from pipeline.cost.of_plan import describe_here
     from pipeline.plan import make_plan
     from pipeline.ready import check_ready
-    from pipeline.stages.merge import Merge
-    from pipeline.stages.train import Train
     from pipeline.store import Store
 
     if not cluster and (concepts or captions):
@@ -207,48 +206,12 @@ def plan(
         phases, packed = predict(made, nodes, concepts=count, captions=captions or 1_000_000)
         print("\n".join(describe(phases, packed, nodes)))
         return
-    store, device = Store(batch.store_url), _this_device()
+    store = Store(batch.store_url)
     notes = [*made.notes, *check_ready(made, store)]
-    cost = estimates(made, cuda=device.cuda)
     print(f"{batch.name}: {len(batch.concepts)} concepts over {batch.base}, store {masked(batch.store_url)}")
-    print(f"{'stage':15} {'of':24} {'state':6} {'seconds':>9} {'GiB':>7}  key")
-    seconds = 0.0
-    needs: dict[str, float] = {}  # kind -> GiB of what is to do
-    for stage in made:
-        done = stage.is_in(store)
-        estimate = cost[stage.key]
-        if not done:
-            seconds += estimate.seconds or 0
-            needs[stage.kind] = max(needs.get(stage.kind, 0), estimate.gib or 0)
-        print(
-            f"{stage.kind:15} {stage.name[:24]:24} {'done' if done else 'to do':6} "
-            f"{'' if estimate.seconds is None else f'{estimate.seconds:.0f}':>9} "
-            f"{'' if estimate.gib is None else f'{estimate.gib:.2f}':>7}  {stage.key}"
-        )
+    print("\n".join(describe_here(made, store, _this_device(), every=stages)))
     for note in notes:
         print(f"note: {note}")
-    ranks, has = batch.training.ranks, device.memory / 2**30
-    if trainings := [training for training in made.of(Train) if not training.is_in(store)]:
-        packs = -(-len(trainings) // trainings[0].pack_size(device))
-        largest = -(-len(trainings) // packs)
-        gib = trainings[0].pack_bytes(largest, cuda=device.cuda) / 2**30
-        # ranks have a GPU each, but share the memory of a machine
-        needs[Train.kind] = gib if device.cuda else gib * ranks
-        print(
-            f"packs of up to {largest} concepts, {gib:.2f} GiB{f' a rank of {ranks}' if ranks > 1 else ''}, of "
-            f"{has:.1f} GiB on this machine"
-        )
-    if device.cuda:
-        needs.pop(Merge.kind, None)  # not of the GPU's memory
-    for kind, gib in needs.items():
-        if gib > has:
-            print(f"does not fit: {kind} needs {gib:.1f} GiB, of {has:.1f} GiB on this machine")
-    todo = len(made.todo(store))
-    shared = f", trainings on {ranks}" if device.cuda and ranks > 1 else ""
-    print(
-        f"{todo} of {len(made.stages)} stages to do, about {seconds:.0f} s of computing on one device of this machine"
-        f"{shared}"
-    )
 
 
 def _this_device():
