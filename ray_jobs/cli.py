@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,9 @@ from pipeline.limits import Limits, OutOfTime
 from pipeline.places import masked
 from pipeline.terminal import print
 from ray_jobs.releases import app as releases
+
+if TYPE_CHECKING:
+    from pipeline.runner import Runner
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(releases, name="release")
@@ -91,14 +94,13 @@ def run(
     Exit code 5 when concepts that failed were left out, as `merge.partial` allows; 2 when something failed;
     124 when the time was up.
     """
-    limits = Limits(deadline, device_wait, gpu)
+    limits, runner = Limits(deadline, device_wait, gpu), _on_ray()
     from pipeline.batch import Exit
     from pipeline.batch import run as run_batch
-    from ray_jobs.runner import OnRay
 
     batch = _load(batch_file, output)
     _refuse_overwriting(_results(batch.output_path), [batch_file])
-    outcome = run_batch(batch, OnRay(), limits)
+    outcome = run_batch(batch, runner, limits)
     made = f"made release {masked(outcome.release)}"
     if outcome.report:
         _print_summary(outcome.summary)
@@ -127,13 +129,12 @@ def retrain(
     4: another run is at work; 5: released, or nothing changed, but concepts that failed were left out; 124: the time
     was up.
     """
-    limits = Limits(deadline, device_wait, gpu)
+    limits, runner = Limits(deadline, device_wait, gpu), _on_ray()
     from pipeline.batch import Exit
     from pipeline.release.lease import Busy
     from pipeline.retraining import JsonLines
     from pipeline.retraining import retrain as bring_up_to_date
     from pipeline.spec import load_retraining, overridden
-    from ray_jobs.runner import OnRay
 
     logger, handler = logging.getLogger("polyconcept"), logging.StreamHandler()
     handler.setFormatter(JsonLines())
@@ -147,7 +148,7 @@ def retrain(
     try:
         asked = overridden(load_retraining(retraining_file), output=output)
         _refuse_overwriting(_results(asked.output_path), [retraining_file])
-        outcome = bring_up_to_date(asked, OnRay(), wait * 60, limits)
+        outcome = bring_up_to_date(asked, runner, wait * 60, limits)
     except Exception as error:
         logger.error("failed", extra={"error": str(error) or repr(error)})
         ends = {Busy: Exit.BUSY, OutOfTime: Exit.OUT_OF_TIME}
@@ -212,6 +213,13 @@ def plan(
     print("\n".join(describe_here(made, store, _this_device(), every=stages)))
     for note in notes:
         print(f"note: {note}")
+
+
+def _on_ray() -> Runner:
+    """Imports Ray before all else that takes long, so that where it is missing, that is what is said."""
+    from ray_jobs.runner import OnRay
+
+    return OnRay()
 
 
 def _this_device():
@@ -425,10 +433,10 @@ def schema(
 @app.command()
 def study(study_file: Annotated[Path, typer.Argument(help="Study file: methods, concepts, seeds, tables.")]) -> None:
     """Compare methods on the same concepts, prompts and seeds: tables, plots, grids. What is done is not repeated."""
+    runner = _on_ray()
     from pipeline.study import run_study
-    from ray_jobs.runner import OnRay
 
-    print(f"made {run_study(study_file, OnRay()) / 'README.md'}")
+    print(f"made {run_study(study_file, runner) / 'README.md'}")
 
 
 preference = typer.Typer(no_args_is_help=True, help="Ask people which method's images they prefer.")

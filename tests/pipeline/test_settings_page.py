@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline import settings_page
-from pipeline.spec import ConceptBatch, Retraining
+from pipeline.spec import ConceptBatch, Retraining, section_of
 from pipeline.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def test_the_page_is_up_to_date():
 
 
 def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
-    inner = [settings_page._model_of(field.annotation) for field in model.model_fields.values()]
+    inner = [section_of(field.annotation)[0] for field in model.model_fields.values()]
     return {model}.union(*(_models(part) for part in inner if part))
 
 

@@ -59,17 +59,17 @@ def test_commands_that_need_no_extra(backbone, pico, tmp_path):
         "release verify releases",
         "run batch.yaml",
         "study study.yaml",
+        "plan batch.yaml",
     )
     program = WITHOUT_EXTRAS.format(missing=set(EXTRAS), commands=[command.split() for command in commands])
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     codes = [line for line in done.stdout.splitlines() if line.startswith("ended with")]
-    assert codes == ["ended with 0"] * 5 + ["ended with 2"] * 2, done.stderr
+    assert codes == ["ended with 0"] * 5 + ["ended with 2"] * 3, done.stderr
     assert Image.open(tmp_path / "samples.png").size[0] > 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors[0] == (
-        "error: this command needs ray, which is not installed; run `pip install 'polyconcept[cluster]'`"
-    )
-    assert errors[1].endswith("is not installed; run `pip install 'polyconcept[train]'`")
+    needs_ray = "error: this command needs ray, which is not installed; run `pip install 'polyconcept[cluster]'`"
+    assert errors[:2] == [needs_ray] * 2
+    assert errors[2].endswith("is not installed; run `pip install 'polyconcept[train]'`")
     assert "Traceback" not in done.stderr
 
 
