@@ -80,7 +80,16 @@ class Store:
         return folder
 
     def manifest(self, kind: str, key: str) -> dict[str, Any]:
-        return json.loads(self.fs.cat_file(f"{self.base}/{kind}/{key}/{MANIFEST}"))
+        """Raises: FileNotFoundError when there is none; ValueError when it is damaged."""
+        place = f"{self.base}/{kind}/{key}"
+        try:
+            found = json.loads(self.fs.cat_file(f"{place}/{MANIFEST}"))
+            if not isinstance(found, dict):
+                raise ValueError(f"expected an object, found {type(found).__name__}")
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{place}/{MANIFEST}: damaged: {why}; remove its folder, and it is made again") from None
+        return found
 
     def scratch(self, key: str) -> Path:
         """Local folder for a stage's checkpoints, kept when the stage is cut off."""
@@ -119,7 +128,9 @@ class Store:
                 dead = process != _process(process.partition(".")[0])
             else:
                 dead = time.time() - _last_written(part) > DAY
-            if dead:
+            if dead and part.is_symlink():
+                part.unlink(missing_ok=True)
+            elif dead:
                 shutil.rmtree(part, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -161,10 +172,11 @@ def _beating(part: Path) -> Iterator[None]:
 
 
 def _last_written(folder: Path) -> float:
-    """Seconds since the epoch; now, where it has gone meanwhile."""
+    """Seconds since the epoch; now, where it has gone meanwhile. Of links themselves, wherever they lead."""
     try:
-        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    except FileNotFoundError:
+        inner = folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else ()
+        return max(path.lstat().st_mtime for path in (folder, *inner))
+    except OSError:
         return time.time()
 
 

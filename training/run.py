@@ -111,7 +111,7 @@ def find_checkpoint(
         path = member.scratch / name
         try:
             tensors, metadata = load_tensors(path)
-            _check_checkpoint(tensors, metadata, shapes)
+            _check_checkpoint(tensors, metadata, shapes, member.settings.steps)
             return tensors, metadata
         except FileNotFoundError:
             continue
@@ -123,15 +123,18 @@ def find_checkpoint(
 
 
 def _check_checkpoint(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, str], shapes: dict[str, Sequence[int]]
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], shapes: dict[str, Sequence[int]], steps: int
 ) -> None:
-    """Raises: ValueError unless it is what `Run.save` writes of a training with tensors of these shapes."""
+    """Raises: ValueError unless it is what `Run.save` writes of a training with tensors of these shapes and at most so
+    many steps."""
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
             raise ValueError(f"it has no tensor {name!r} of the shape {tuple(shape)}")
     losses = json.loads(metadata.get("losses", "null"))
     if not (isinstance(losses, list) and losses and all(isinstance(loss, float) for loss in losses)):
         raise ValueError("it has no losses")
+    if len(losses) > steps:
+        raise ValueError(f"it has losses of {len(losses)} steps, and the training has {steps}")
     # checkpoints of older versions have none
     if metadata.get("checksum", checksum := _checksum(tensors)) != checksum:
         raise ValueError("its tensors are not those that were written")

@@ -95,13 +95,24 @@ def load_study(folder: Path) -> Study:
         raise ValueError(f"{folder}: needs images.parquet or images.csv with the columns {', '.join(COLUMNS)}")
     try:
         table = pd.read_parquet(table_file) if table_file.suffix == ".parquet" else pd.read_csv(table_file)
-        table = table[list(COLUMNS)].astype({c: "int64" if c == "seed" else "string" for c in COLUMNS})
+        table = table[list(COLUMNS)]
+        for column in COLUMNS:
+            if table[column].map(pd.api.types.is_list_like).any():
+                raise ValueError(f"{column}: expected one value a row, found a list")
+        seeds = pd.to_numeric(table["seed"].dropna())
+        if not (seeds == seeds.astype("int64")).all():
+            raise ValueError("seed: expected whole numbers")
+        table = table.astype({c: "int64" if c == "seed" else "string" for c in COLUMNS})
     except KeyError as error:
         raise ValueError(f"{table_file}: needs the columns {', '.join(COLUMNS)}; {error.args[0]}") from None
-    except (ValueError, TypeError, OSError) as error:  # what pandas and pyarrow raise for other kinds of files
+    # what pandas and pyarrow raise for other kinds of files
+    except (ValueError, TypeError, OSError, OverflowError) as error:
         raise ValueError(f"{table_file}: cannot be read: {error}") from None
     if table.isna().any(axis=None):
         raise ValueError(f"{table_file}: row {table.isna().any(axis=1).to_numpy().argmax()} has an empty field")
+    for concept in sorted(set(table["concept"])):
+        if (folder / "concepts" / concept).resolve().parent != (folder / "concepts").resolve():
+            raise ValueError(f"{table_file}: concept {concept!r} is not the name of a folder in {folder / 'concepts'}")
     images: dict[tuple[str, str, int, str], Path] = {}
     digest = hashlib.sha256()
     for method, concept, prompt, seed, image in table.itertuples(index=False):
