@@ -85,6 +85,10 @@ class Constraint:
     rows: torch.Tensor
     changes: dict[str, torch.Tensor]
 
+    def to(self, dtype: torch.dtype) -> Constraint:
+        changes = {layer: change.to(dtype) for layer, change in self.changes.items()}
+        return Constraint(self.name, self.rows.to(dtype), changes)
+
 
 def constraint_of(
     backbone: Backbone, weights: ConceptWeights, prompts: Sequence[str] | None = None, *, exact: bool = False

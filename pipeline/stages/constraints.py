@@ -20,9 +20,9 @@ from training.weights import token_tensors, tokens_from
 if TYPE_CHECKING:
     from pipeline.cost.cluster import Forecast, Phase
 
-ROWS = 60
-"""Of a concept, about: those of the merge, and those that it is judged by on unseen prompts (17 and 40 on the
-miniature)."""
+MERGED_ROWS, JUDGED_ROWS = 20, 40
+"""Of a concept, about: those of the merge (17 on the miniature), float64, and those that it is judged by on unseen
+prompts, float32."""
 
 
 class ConstraintFiles(Artifact):
@@ -47,7 +47,7 @@ class ConstraintFiles(Artifact):
 
     def unseen(self) -> Iterator[tuple[Constraint, Constraint]]:
         """Of each concept what `unseen_of` made."""
-        loaded = load_constraints(self.unseen_file)
+        loaded = [constraint.to(torch.float64) for constraint in load_constraints(self.unseen_file)]
         half = len(loaded) // 2
         yield from zip(loaded[:half], loaded[half:], strict=True)
 
@@ -78,7 +78,7 @@ class Constraints(Stage[ConstraintFiles]):
         weights = trained.weights()
         save_constraints(made.file, constraint_of(backbone, weights, self.prompts, exact=self.exact))
         words, padding = zip(*unseen_of(backbone, weights), strict=True)
-        save_constraints(made.unseen_file, [*words, *padding])
+        save_constraints(made.unseen_file, [each.to(torch.float32) for each in (*words, *padding)])
         save_tensors(made.token_file, token_tensors(weights.tokens))
         size = trained.file.stat().st_size
         described = {"concepts": weights.metadata["concepts"], "nbytes": weights.nbytes, "file": size}
@@ -88,20 +88,26 @@ class Constraints(Stage[ConstraintFiles]):
     def phase(cls, forecast: Forecast) -> Phase | None:
         if not forecast.merges:
             return None
-        moved = forecast.concepts * forecast.weights_bytes + constraint_bytes(forecast)
+        moved = forecast.concepts * forecast.weights_bytes + merged_bytes(forecast) + judged_bytes(forecast)
         nodes = forecast.cluster.nodes
-        operations = 2 * constraint_rows(forecast) * forecast.model.trained
+        operations = 2 * forecast.concepts * (MERGED_ROWS + JUDGED_ROWS) * forecast.model.trained
         return forecast.phase(cls.kind, (moved, nodes), CPUs=operations / (nodes * forecast.float64))
 
 
-def constraint_rows(forecast: Forecast) -> int:
-    return forecast.concepts * ROWS
+def merged_bytes(forecast: Forecast) -> int:
+    """What the merge reads, of all concepts."""
+    return 8 * forecast.concepts * MERGED_ROWS * _numbers(forecast)
 
 
-def constraint_bytes(forecast: Forecast) -> int:
-    """Of all concepts, float64."""
+def judged_bytes(forecast: Forecast) -> int:
+    """What the merge is judged by, of all concepts."""
+    return 4 * forecast.concepts * JUDGED_ROWS * _numbers(forecast)
+
+
+def _numbers(forecast: Forecast) -> int:
+    """Of a row: its text features, and what each layer is to make of them."""
     width = forecast.model.text_width
-    return constraint_rows(forecast) * (width + forecast.model.trained // width) * 8
+    return width + forecast.model.trained // width
 
 
 def read_all(constraints: list[Constraints], context: Context) -> Iterator[Constraint]:

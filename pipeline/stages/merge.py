@@ -20,7 +20,7 @@ from pipeline.merge.constraints import captions_beside, held_out_rows, regulariz
 from pipeline.merge.factors import SHARED, MergedModel
 from pipeline.merge.files import load_weights
 from pipeline.merge.solve import Form, MergeReport, damped_gram, merge, merge_sums, missed, moved, report
-from pipeline.stages.constraints import Constraints, constraint_bytes, constraint_rows, read_all
+from pipeline.stages.constraints import JUDGED_ROWS, MERGED_ROWS, Constraints, judged_bytes, merged_bytes, read_all
 from pipeline.stages.regularization import Regularization
 from pipeline.stages.resident import resident_base
 from pipeline.stages.stage import Artifact, Context, Stage
@@ -225,13 +225,16 @@ class Merge(Stage[MergedFiles]):
         """On one node, in float64 on its cores."""
         if not forecast.merges:
             return None
-        rows, constraints, width = constraint_rows(forecast), constraint_bytes(forecast), forecast.model.text_width
+        rows, judged = forecast.concepts * MERGED_ROWS, forecast.concepts * JUDGED_ROWS
+        constraints, width = merged_bytes(forecast) + judged_bytes(forecast), forecast.model.text_width
         rank, trained = min(rows, width), forecast.model.trained
         outputs = trained // width
         regularization = forecast.batch.merge.captions * POSITIONS
         gram = 2 * regularization * width**2 + 2 * width**3
         # two models, exact and in float16, are measured on all constraints and regularisation rows
-        measuring = 2 * 2 * (rows + regularization) * rank * (width + outputs) + 2 * 2 * regularization * trained
+        measuring = (
+            2 * 2 * (rows + judged + regularization) * rank * (width + outputs) + 2 * 2 * regularization * trained
+        )
         return forecast.phase(
             cls.kind,
             (constraints + sum_bytes(forecast), 1),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.merge.solve import Sums
-from pipeline.stages.constraints import Constraints, constraint_bytes, constraint_rows, read_all
+from pipeline.stages.constraints import MERGED_ROWS, Constraints, merged_bytes, read_all
 from pipeline.stages.stage import Artifact, Context, Stage
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class AddUp(Stage[SumsFile]):
         if not parts:
             return None
         busy, width = min(parts, forecast.cluster.nodes), forecast.model.text_width
+        rows = forecast.concepts * MERGED_ROWS
         return forecast.phase(
             cls.kind,
-            (constraint_bytes(forecast) + sum_bytes(forecast), busy),
-            CPUs=2 * constraint_rows(forecast) * (width**2 + forecast.model.trained) / (busy * forecast.float64),
+            (merged_bytes(forecast) + sum_bytes(forecast), busy),
+            CPUs=2 * rows * (width**2 + forecast.model.trained) / (busy * forecast.float64),
         )
 
 
