@@ -121,7 +121,7 @@ def snapshot(folder: Path) -> Snapshot:
         if path.is_dir():
             if not any(path.iterdir()) and path.name not in (".building", ".scratch"):
                 found[f"{name}/"] = None
-        elif path.parent.name == ".lease" and path.name[:-5].isdecimal():
+        elif path.parent.name in (".lease", ".publish") and path.name[:-5].isdecimal():  # numbered on and on
             found[f"{path.parent.relative_to(folder)}/lease {sum('/lease ' in n for n in found)}"] = None
         else:
             found[name] = content(path)

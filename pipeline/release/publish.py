@@ -132,16 +132,22 @@ def keep_candidate(folder: Path, destination: str, name: str, provenance: dict[s
     Raises: as `publish`.
     """
     sign = signer(signing_key)
-    fs, root, url = open_destination(destination)
+    at = open_destination(destination)
+    fs, root, url = at
     url, place = f"{url}/{CANDIDATES}/{name}", f"{root}/{CANDIDATES}/{name}"
     if manifest_of(fs, f"{root}/{CANDIDATES}", name) and not verify(url, signing_key):
         return url
     manifest = _summed({"created": _now()} | _described(folder, provenance))
     if fs.exists(place):
         remove(fs, place)
-    with _removed_on_failure(fs, place):
-        _copy(fs, folder, place, manifest["files"])
-        _write_manifest(fs, place, manifest, sign)
+    # a local one is whole when it has its name, also after a power failure
+    part = f"{root}/.part-{uuid.uuid4().hex}" if at.is_local else place
+    with _removed_on_failure(fs, part):
+        _copy(fs, folder, part, manifest["files"])
+        _write_manifest(fs, part, manifest, sign)
+        if at.is_local:
+            make_folder(fs, posixpath.dirname(place))
+            replace(Path(part), Path(place))
     return url
 
 
