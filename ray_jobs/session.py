@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
 
 from pipeline.terminal import print
 from ray_jobs import holds
@@ -39,22 +40,33 @@ def ray_session() -> Iterator[None]:
         )
     # "local": without it Ray also takes up a cluster that someone once started on this machine
     options: dict[str, Any] = {} if on_cluster else {"address": "local", "include_dashboard": False}
-    on_term = signal.getsignal(signal.SIGTERM)
     with contextlib.nullcontext() if on_cluster else _loopback_only():
         try:
-            ray.init(logging_level="ERROR", log_to_driver=False, **options)
+            with _own_signals():
+                ray.init(logging_level="ERROR", log_to_driver=False, **options)
         except Exception as error:  # of every kind: the machine's limits, a cluster's other version, a wrong token
             place = (
                 f"the cluster at {os.environ['RAY_ADDRESS']} could not be joined" if on_cluster else "Ray did not start"
             )
             raise OSError(f"{place}: {error}") from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_term)  # Ray has put one of its own there
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray starts without its handlers of SIGTERM, which end the process with exit codes of their own, saying nothing.
+    Those in Python are not set; in the place of that of its core, which aborts, the one from before is put again."""
+    set_handler, on_term = ray_utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = set_handler
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)
 
 
 @contextlib.contextmanager

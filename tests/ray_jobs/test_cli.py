@@ -400,6 +400,33 @@ def test_told_to_end_while_ray_runs(batch):
     ]
 
 
+STARTING = """
+import os, signal, sys
+from ray._private.node import Node
+from ray_jobs.cli import main
+
+start = Node.start_ray_processes
+
+def stopped(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    start(self)
+
+Node.start_ray_processes = stopped
+main(["run", sys.argv[1]])
+"""
+
+
+@pytest.mark.slow
+def test_told_to_end_while_ray_starts(batch):
+    """Ray's own handlers of signals know nothing of our exit codes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", STARTING, str(batch())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("interrupted; what was finished is kept")
+
+
 IMPORTING = """
 import os, runpy, signal, sys
 from importlib.abc import MetaPathFinder
