@@ -546,11 +546,6 @@ class _Told(SystemExit):
     """The end of a command that has said itself what became of it."""
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # what is under way to end is not to be disturbed
-    sys.exit(128 + number)
-
-
 STOPPED = (130, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 """Exit codes after Ctrl-C (typer's) and these signals."""
 
@@ -563,17 +558,26 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     # of products of 4-bit matrices, of which there are none
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what is under way to end is not to be disturbed
+        received.append(number)
+        sys.exit(128 + number)
+
     ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]  # not nohup's
     for number in ending:
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     try:
         app(arguments)
     except _Told:
         raise
-    except SystemExit as stop:
-        if stop.code in STOPPED:
+    except SystemExit as end:
+        # out of a call of Ray's core, in which a signal was answered, comes an exit with code 1
+        code = 128 + received[0] if received else end.code
+        if code in STOPPED:
             print("interrupted; what was finished is kept, run the same command to go on", file=sys.stderr)
-        raise
+        sys.exit(code)
     except OutOfTime as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(OUT_OF_TIME)

@@ -400,6 +400,20 @@ def test_told_to_end_while_ray_runs(batch):
     ]
 
 
+def test_told_to_end_within_ray(batch, capsys, monkeypatch):
+    """Its core makes of the exit that a signal is answered by one of its own."""
+
+    def wait(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise SystemExit(1) from None
+
+    monkeypatch.setattr("pipeline.batch.run", wait)
+    code, _, err = run("run", str(batch()), capsys=capsys)
+    assert code == 143 and err.endswith("interrupted; what was finished is kept, run the same command to go on\n")
+
+
 STARTING = """
 import os, signal, sys
 from ray._private.node import Node
