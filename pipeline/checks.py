@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.evaluation.networks import check_judge
+from pipeline.places import CLIP
 from pipeline.reading import read_lines, shown
 from pipeline.sampling import check_steps
 from pipeline.spec import Concept, ConceptBatch, clip_path
-from retrieval.clip import check_clip
 from training.augment import SIZE_WORDS
 from training.base import Base, check_base
 from training.images import load_images
@@ -33,16 +33,13 @@ def check_models(batch: ConceptBatch, shape: Base) -> None:
         check_steps(batch.evaluation.steps, shape.timesteps)
     except ValueError as error:
         raise ValueError(f"evaluation.steps: {error}") from None
-    for key, model in _clips(batch).items():
+    places = {key: CLIP + clip_path(model, batch.folder) for key, model in _clips(batch).items()}
+    places |= {f"evaluation.judges.{name}": place for name, place in batch.judge_places.items()}
+    for key, place in places.items():
         try:
-            check_clip(clip_path(model, batch.folder))
+            check_judge(place)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    for name, model in batch.judge_places.items():
-        try:
-            check_judge(model)
-        except ValueError as error:
-            raise ValueError(f"evaluation.judges.{name}: {error}") from None
 
 
 def check_concepts(batch: ConceptBatch, words: Words) -> tuple[dict[str, tuple[str, ...]], list[str]]:

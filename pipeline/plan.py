@@ -15,7 +15,6 @@ from pipeline.checks import check_concepts, check_models, generated_prompt, init
 from pipeline.evaluation.networks import judge_digest
 from pipeline.merge.constraints import FORMS, PAPER_PROMPTS, row_count
 from pipeline.miniature.corpus import CORPUS_VERSION
-from pipeline.miniature.identity import WEIGHTS as IDENTITY
 from pipeline.places import masked
 from pipeline.reading import read_written
 from pipeline.spec import Concept, ConceptBatch, Mark, clip_path, marked, public_name, sections
@@ -32,7 +31,7 @@ from pipeline.stages.release import License, Release
 from pipeline.stages.stage import Stage, part_of
 from pipeline.stages.sums import SUMMED, AddUp
 from pipeline.stages.train import TaughtConcept, Train, TrainSettings
-from pipeline.store import Store, file_digest
+from pipeline.store import Store
 from retrieval.clip import clip_digest
 from retrieval.corpus import check_corpus, corpus_digest, precomputed
 from training.augment import WHOLE_FROM
@@ -265,7 +264,7 @@ class _Wiring:
     def _judges(self) -> dict[str, str]:
         batch = self.batch
         clip = clip_path(batch.evaluation.clip, batch.folder)
-        return {"clip": clip_digest(clip), "judge": file_digest(IDENTITY) if batch.evaluation.identity else ""}
+        return {"clip": clip_digest(clip), "judge": judge_digest("miniature") if batch.evaluation.identity else ""}
 
     @functools.cached_property
     def _other_judges(self) -> dict[str, str] | None:
@@ -318,16 +317,15 @@ def public_spec(batch: ConceptBatch) -> dict[str, Any]:
     for way in marked(ConceptBatch, Mark.PRIVATE):
         for section in sections(spec, way[:-1]):
             section.pop(way[-1], None)
+    for way in marked(ConceptBatch, Mark.MODEL):
+        for section in sections(spec, way[:-1]):
+            named = section[way[-1]]
+            is_one = isinstance(named, str)
+            section[way[-1]] = public_name(named) if is_one else {k: public_name(v) for k, v in named.items()}
     for way in marked(ConceptBatch, Mark.LATER):
         for section in sections(spec, way[:-1]):
             if not section[way[-1]]:  # their defaults are empty
                 del section[way[-1]]
-    for way in marked(ConceptBatch, Mark.MODEL):
-        for section in sections(spec, way[:-1]):
-            named = section.get(way[-1], {})
-            judges = isinstance(named, dict)
-            if named:
-                section[way[-1]] = {k: public_name(v) for k, v in named.items()} if judges else public_name(named)
     spec["publish"] = {key: masked(value) for key, value in spec["publish"].items()}
     return spec
 

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipeline.concept_lists import concepts_of
+from pipeline.evaluation.columns import MEASURED, NOT_MEASURED
 from pipeline.evaluation.prompts import check_prompt, read_prompts
 from pipeline.mistakes import explain, kinds_of
 from pipeline.places import CLIP, check_place, is_path, located, masked
@@ -454,9 +455,13 @@ class Evaluation(Section):
     @classmethod
     def _judges_have_names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not re.fullmatch("[a-z][a-z0-9_]{0,29}", name) or name in RESERVED or name.endswith("_se"):
+            if (
+                not re.fullmatch("[a-z][a-z0-9_]{0,29}", name)
+                or name in MEASURED | NOT_MEASURED
+                or name.endswith("_se")
+            ):
                 raise ValueError(
-                    f"a judge's name is a short word of small letters that no measure has; found {shown(name)}"
+                    f"a judge's name is a short word of small letters, and no measure or column; found {shown(name)}"
                 )
         return value
 
@@ -493,10 +498,6 @@ class Publish(Section):
         if not known:
             raise ValueError(f"expected a repository of the hub, owner/name; found {shown(value)}")
         return value
-
-
-RESERVED = {"text", "image", "identity", "retention", "presence", "kid", "drift", "moongate", "diversity", "samples"}
-"""Names of measures, and of columns beside them."""
 
 
 def local_folder(value: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from pipeline.evaluation.columns import NOT_MEASURED
 from pipeline.evaluation.networks import ImageNetwork, unit
 from retrieval.clip import ClipModel
 
@@ -91,10 +92,6 @@ def measures_in(columns: Iterable[object]) -> list[Measure]:
     names = [str(column) for column in columns if not str(column).endswith("_se")]
     known = [measure for measure in MEASURES if measure.name in names]
     return known + [of_judge(name) for name in names if name not in NOT_MEASURED | {each.name for each in known}]
-
-
-NOT_MEASURED = {"model", "prompt", "seed", "plain", "samples", "concept", "table", "variant", "image_seed"}
-"""Columns of tables of scores that are no measures."""
 
 
 def scores(judged: Judged) -> dict[str, np.ndarray]:

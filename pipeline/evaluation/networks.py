@@ -4,7 +4,6 @@ the miniature's identity judge."""
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from pipeline.miniature.identity import WEIGHTS, load_identity
 from pipeline.places import CLIP
+from pipeline.store import file_digest
 from retrieval.clip import ClipModel, check_clip, clip_digest, load_clip
 
 
@@ -88,7 +88,7 @@ def check_judge(model: str) -> None:
 def judge_digest(model: str) -> str:
     """What a judge is, without loading it: a hash of its files, or its name."""
     if model == "miniature":
-        return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+        return file_digest(WEIGHTS)
     return clip_digest(model.removeprefix(CLIP))
 
 

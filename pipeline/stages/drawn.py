@@ -94,8 +94,7 @@ class Draw(Stage[MadeDrawn], Generic[MadeDrawn]):
             return training.result(context.store).weights()
         sources: list[Released | Merge] = [*self.inputs_of(Released), *self.inputs_of(Merge)]
         (source,) = sources
-        files = source.result(context.store)
-        return files.model()
+        return source.result(context.store).model()
 
     def draw(self, context: Context, phrases: Sequence[Phrase]) -> tuple[pd.DataFrame, list[Image.Image]]:
         """Draw the prompts, and keep the images. phrases: of each concept in a prompt.

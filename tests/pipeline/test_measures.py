@@ -125,6 +125,7 @@ def test_judges_of_ones_own(dino_folder, pico, tmp_path):
         ({"dino": "vit_no"}, r"evaluation\.judges\.dino: timm model 'vit_no': give"),
         ({"dino": "clip:no/such"}, r"evaluation\.judges\.dino: CLIP model"),
         ({"text": "dino"}, "evaluation.judges: a judge's name"),
+        ({"seed": "dino"}, "evaluation.judges: a judge's name"),
     ):
         evaluation = content["evaluation"] | {"judges": judges}
         (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content | {"evaluation": evaluation}))
